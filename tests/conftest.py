@@ -1,0 +1,56 @@
+"""What every test shares: offline libraries, a fixed seed, two threads, where the data is."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Read by the libraries when they are imported, hence before every other import. The cache lives as
+# long as the session, so that no test depends on what an earlier run or the user has downloaded.
+_CACHE = tempfile.TemporaryDirectory(prefix="pemt_fast-tests-")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HOME=_CACHE.name,
+)
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+SHARED = Path(__file__).parents[1] / ".." / "shared"
+
+torch.set_num_threads(2)
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def _shared_folder(name: str) -> Path:
+    if not (SHARED / name).is_dir():
+        pytest.skip("the shared data folder is not beside this checkout")
+    return SHARED / name
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Rows of real data sets in the hub's schema."""
+    return _shared_folder("data")
+
+
+@pytest.fixture(scope="session")
+def shared_golden() -> Path:
+    """Inputs, weights and outputs of the published implementations."""
+    return _shared_folder("golden")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch sees none"))
