@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pemt_fast: mixtures of adapters on T5, as cheap as the hardware allows.
+
+`adapter_mixture` is the fused operator; `get_model` puts a method (PEMT) on a Hugging Face T5.
+Importing this package loads nothing else: every public name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AdapterModel": "pemt_fast.model",
+    "PemtConfig": "pemt_fast.methods.pemt_config",
+    "adapter_mixture": "pemt_fast.ops",
+    "get_model": "pemt_fast.model",
+    "load": "pemt_fast.model",
+    "load_published_pemt": "pemt_fast.interop.published_pemt",
+    "published_names": "pemt_fast.interop.published_pemt",
+    "task_sparsity_loss": "pemt_fast.ops",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+if TYPE_CHECKING:
+    from pemt_fast.interop.published_pemt import load_published_pemt, published_names
+    from pemt_fast.methods.pemt_config import PemtConfig
+    from pemt_fast.model import AdapterModel, get_model, load
+    from pemt_fast.ops import adapter_mixture, task_sparsity_loss
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'pemt_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`torch.ops.pemt_fast.adapter_mixture`: registration, memory and gradients of the operator.
+
+One opaque, differentiable operator per call for autograd, `torch.compile` and export. This file
+owns what is kept for backward and what is skipped; the arithmetic is in the pair `forward` /
+`backward` of the implementation that `dispatch.py` names (`stacked.py` for `impl="torch"`).
+
+Saved for backward: `z` (gelu, silu) or `act(z)` (identity, relu), T·N elements in the dtype of
+`x`; `x` itself only if `w_down` is trained or with `recompute`, which saves no hidden units at all.
+Gradients arrive in the dtype of their input and are accumulated in float32 by the matmuls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pemt_fast.ops.dispatch import backend
+from pemt_fast.ops.stacked import Weights, keeps_pre_activation
+
+_INPUTS = (
+    "Tensor x, Tensor gate, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, "
+    "Tensor? base, int[] ranks, str activation, str impl, bool recompute, bool with_hidden"
+)
+_LIBRARY = torch.library.Library("pemt_fast", "DEF")
+_LIBRARY.define(f"adapter_mixture({_INPUTS}) -> (Tensor out, Tensor hidden)")
+_LIBRARY.define(f"adapter_mixture_forward({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    "adapter_mixture_backward(Tensor? grad_out, Tensor? grad_hidden, Tensor? x, Tensor gate, "
+    "Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, Tensor? saved, int[] ranks, "
+    "str activation, str impl, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_OPS = torch.ops.pemt_fast
+
+
+def _pack(
+    w_down: Tensor, w_up: Tensor, b_down: Tensor | None, b_up: Tensor | None, dtype: torch.dtype
+) -> Weights:
+    """Stacked or packed parameters as `[N, ·]` views, cast only where the dtype differs."""
+    return Weights(
+        w_down.reshape(-1, w_down.shape[-1]).to(dtype),
+        w_up.reshape(-1, w_up.shape[-1]).to(dtype),
+        None if b_down is None else b_down.reshape(-1).to(dtype),
+        None if b_up is None else b_up.to(dtype),
+    )
+
+
+def _forward(
+    x: Tensor,
+    gate: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    base: Tensor | None,
+    ranks: Sequence[int],
+    activation: str,
+    impl: str,
+    recompute: bool,
+    with_hidden: bool,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead, h = x.shape[:-1], w_up.shape[-1]
+    out, hidden, saved = backend(impl).forward(
+        x.reshape(-1, x.shape[-1]),
+        gate.reshape(-1, gate.shape[-1]),
+        _pack(w_down, w_up, b_down, b_up, x.dtype),
+        None if base is None else base.reshape(-1, h),
+        tuple(ranks),
+        activation,
+        save,
+        with_hidden,
+    )
+    none = x.new_empty(0)
+    return (
+        out.view(*lead, h),
+        none if hidden is None else hidden.view(*lead, hidden.shape[-1]),
+        x.new_empty(0) if saved is None else saved,
+    )
+
+
+def _forward_fake(
+    x: Tensor,
+    gate: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    base: Tensor | None,
+    ranks: Sequence[int],
+    activation: str,
+    impl: str,
+    recompute: bool,
+    with_hidden: bool,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead, n = x.shape[:-1], sum(ranks)
+    tokens = 1
+    for size in lead:
+        tokens = tokens * size
+    return (
+        x.new_empty(*lead, w_up.shape[-1]),
+        x.new_empty(*lead, n) if with_hidden else x.new_empty(0),
+        x.new_empty(tokens, n) if save else x.new_empty(0),
+    )
+
+
+def _backward(
+    grad_out: Tensor | None,
+    grad_hidden: Tensor | None,
+    x: Tensor | None,
+    gate: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    saved: Tensor | None,
+    ranks: Sequence[int],
+    activation: str,
+    impl: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    lead, dtype, d_out = _gradient_layout(grad_out, grad_hidden, w_up)
+    grads = backend(impl).backward(
+        d_out.reshape(-1, w_up.shape[-1]),
+        None if grad_hidden is None else grad_hidden.reshape(-1, sum(ranks)).to(dtype),
+        None if x is None else x.reshape(-1, x.shape[-1]),
+        gate.reshape(-1, gate.shape[-1]),
+        _pack(w_down, w_up, b_down, b_up, dtype),
+        None if saved is None else saved.reshape(-1, sum(ranks)),
+        tuple(ranks),
+        activation,
+        tuple(needs),
+    )
+    inputs = (gate, w_down, w_up, b_down, b_up)
+    shapes = [(*lead, w_down.shape[-1]), *(None if t is None else t.shape for t in inputs)]
+    dtypes = [dtype, *(None if t is None else t.dtype for t in inputs)]
+    return tuple(
+        d_out.new_empty(0) if grad is None else grad.reshape(shape).to(grad_dtype)
+        for grad, shape, grad_dtype in zip(grads, shapes, dtypes, strict=True)
+    )
+
+
+def _gradient_layout(
+    grad_out: Tensor | None, grad_hidden: Tensor | None, w_up: Tensor
+) -> tuple[torch.Size, torch.dtype, Tensor]:
+    """Leading sizes, dtype and a dense gradient of the output, zeros if it was not used."""
+    if grad_out is not None:
+        return grad_out.shape[:-1], grad_out.dtype, grad_out
+    assert grad_hidden is not None
+    lead = grad_hidden.shape[:-1]
+    return lead, grad_hidden.dtype, grad_hidden.new_zeros(*lead, w_up.shape[-1])
+
+
+def _backward_fake(
+    grad_out: Tensor | None,
+    grad_hidden: Tensor | None,
+    x: Tensor | None,
+    gate: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    saved: Tensor | None,
+    ranks: Sequence[int],
+    activation: str,
+    impl: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    first = grad_out if grad_out is not None else grad_hidden
+    assert first is not None
+    like: list[Tensor | None] = [
+        first.new_empty(*first.shape[:-1], w_down.shape[-1]),
+        *(None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+          for t in (gate, w_down, w_up, b_down, b_up)),
+    ]  # fmt: skip
+    return tuple(
+        grad if wanted and grad is not None else first.new_empty(0)
+        for grad, wanted in zip(like, needs, strict=True)
+    )
+
+
+class AdapterMixtureFunction(torch.autograd.Function):
+    """Saves what the module docstring lists and asks backward only for needed gradients."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor,
+        w_down: Tensor,
+        w_up: Tensor,
+        b_down: Tensor | None,
+        b_up: Tensor | None,
+        base: Tensor | None,
+        ranks: Sequence[int],
+        activation: str,
+        impl: str,
+        recompute: bool,
+        with_hidden: bool,
+    ) -> tuple[Tensor, Tensor]:
+        needs = ctx.needs_input_grad[:6]
+        needs_hidden = any(needs[:5])
+        # The identity and relu differentiate from act(z), which is the hidden output itself.
+        shared = with_hidden and not keeps_pre_activation(activation)
+        save = needs_hidden and not recompute and not shared
+        with torch._C._AutoDispatchBelowAutograd():
+            out, hidden, saved = _OPS.adapter_mixture_forward(
+                x, gate, w_down, w_up, b_down, b_up, base,
+                ranks, activation, impl, recompute, with_hidden, save,
+            )  # fmt: skip
+        keep = hidden if shared and not recompute else saved if save else None
+        needs_x = needs[2] or (needs_hidden and recompute)
+        ctx.save_for_backward(
+            x if needs_x else None, gate, w_down, w_up, b_down, b_up, keep if needs_hidden else None
+        )
+        ctx.ranks, ctx.activation, ctx.impl, ctx.needs = tuple(ranks), activation, impl, needs
+        ctx.x_dtype = x.dtype
+        ctx.base_dtype = None if base is None else base.dtype
+        ctx.set_materialize_grads(False)
+        if not with_hidden:
+            ctx.mark_non_differentiable(hidden)
+        return out, hidden
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # noqa: D102
+        ctx: Any,
+        grad_out: Tensor | None,
+        grad_hidden: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        if grad_out is None and grad_hidden is None:
+            return (None,) * 12
+        x, gate, w_down, w_up, b_down, b_up, saved = ctx.saved_tensors
+        d_base = None
+        if ctx.base_dtype is not None and ctx.needs_input_grad[6] and grad_out is not None:
+            d_base = grad_out.to(ctx.base_dtype)
+        if not any(ctx.needs):
+            return (*(None,) * 6, d_base, *(None,) * 5)
+        grads = _OPS.adapter_mixture_backward(
+            grad_out, grad_hidden, x, gate, w_down, w_up, b_down, b_up,
+            saved, ctx.ranks, ctx.activation, ctx.impl, ctx.needs,
+        )  # fmt: skip
+        wanted = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+        return (*wanted, d_base, *(None,) * 5)
+
+
+def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs = args[:7]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return AdapterMixtureFunction.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OPS.adapter_mixture(*args)
+
+
+def _forward_only(*args: Any) -> tuple[Tensor, Tensor]:
+    out, hidden, _ = _forward(*args)
+    return out, hidden
+
+
+def _forward_only_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    out, hidden, _ = _forward_fake(*args)
+    return out, hidden
+
+
+_LIBRARY.impl("adapter_mixture", _forward_only, "CompositeExplicitAutograd")
+_LIBRARY.impl("adapter_mixture", _autograd, "Autograd")
+_LIBRARY.impl("adapter_mixture_forward", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("adapter_mixture_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("pemt_fast::adapter_mixture", _forward_only_fake, lib=_LIBRARY)
+torch.library.register_fake("pemt_fast::adapter_mixture_forward", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("pemt_fast::adapter_mixture_backward", _backward_fake, lib=_LIBRARY)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of `adapter_mixture` runs, and why another one cannot.
+
+A named implementation works or raises with every reason; `auto` follows `AUTO_TABLE`, which
+`pemt-fast info` prints. Nothing is ever replaced silently. The environment variable
+`PEMT_FAST_IMPL` names the implementation that `auto` means, for debugging; its use is logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("pemt_fast")
+
+IMPLS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+
+# Device type -> implementation that impl="auto" takes. Kernels enter after they were measured.
+AUTO_TABLE = {"cpu": "torch", "cuda": "torch"}
+
+# Implementation -> module with the pair forward / backward of `stacked.py`.
+_BACKENDS = {"torch": "pemt_fast.ops.stacked"}
+
+
+def unavailable_reasons(impl: str, device: torch.device) -> list[str]:
+    """Every reason why `impl` cannot run on `device`; empty when it can."""
+    reasons = []
+    wanted = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(impl)
+    if wanted is not None and device.type != wanted:
+        reasons.append(f"it runs on {wanted} tensors, x is on {device}")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        reasons.append("torch sees no CUDA device")
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
+        reasons.append("the package triton is not installed")
+    if impl not in _BACKENDS and impl != "reference":
+        reasons.append(f"this version of pemt_fast ships no {impl} kernels")
+    return reasons
+
+
+def resolve_impl(impl: str, device: torch.device) -> str:
+    """The implementation to run for tensors on `device`.
+
+    Raises:
+        ValueError: `impl` is not one of `IMPLS`.
+        RuntimeError: a named implementation cannot run; the message lists every reason.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        forced = os.environ.get("PEMT_FAST_IMPL")
+        if not forced or forced == "auto":
+            return AUTO_TABLE.get(device.type, "torch")
+        if forced not in IMPLS:
+            raise ValueError(f"PEMT_FAST_IMPL must be one of {', '.join(IMPLS)}, got {forced!r}")
+        _log_forced(forced)
+        impl = forced
+    reasons = unavailable_reasons(impl, device)
+    if reasons:
+        raise RuntimeError(f"impl={impl!r} cannot run: " + "; ".join(reasons))
+    return impl
+
+
+@functools.lru_cache(maxsize=8)
+def _log_forced(impl: str) -> None:
+    logger.warning("impl='auto' means %r because PEMT_FAST_IMPL is set", impl)
+
+
+@functools.lru_cache(maxsize=8)
+def backend(impl: str) -> ModuleType:
+    """The module that implements `impl`, imported on first use."""
+    return importlib.import_module(_BACKENDS[impl])
