@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of a wrapped model: `pemt_fast_config.json` and `pemt_fast_model.safetensors`.
+
+The safetensors file holds what was attached, never T5's own weights, and carries a digest of the
+config in its header; a pair that was written at different times is refused. Both are written under
+a temporary name and renamed, so a killed process leaves the previous files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pemt_fast.model import AdapterModel, MethodConfig
+
+CONFIG_FILE = "pemt_fast_config.json"
+WEIGHTS_FILE = "pemt_fast_model.safetensors"
+FORMAT = 1
+
+# Method name in the config file -> module and class of its config.
+_METHODS = {"pemt": ("pemt_fast.methods.pemt_config", "PemtConfig")}
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary_path)`, then rename it to `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def adapter_state_dict(model: AdapterModel) -> dict[str, Tensor]:
+    """Attached tensors by their name in `model.named_parameters()`."""
+    own = model._attachment.untouched_names()
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if name.removeprefix("base_model.") not in own
+    }
+
+
+def _digest(config_text: str) -> str:
+    return hashlib.sha256(config_text.encode()).hexdigest()[:16]
+
+
+def write(model: AdapterModel, directory: str | os.PathLike[str]) -> None:
+    """Write both files of `model` to `directory`."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"format": FORMAT, **model.adapter_config.to_dict()}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    tensors = {k: v.contiguous().cpu() for k, v in adapter_state_dict(model).items()}
+    metadata = {"format": "pt", "pemt_fast_config": _digest(text)}
+    replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata))
+    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text))
+
+
+def read_config(directory: str | os.PathLike[str]) -> tuple[MethodConfig, str]:
+    """The method's config in `directory` and the digest of its text."""
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        found = sorted(p.name for p in Path(directory).iterdir()) if path.parent.is_dir() else None
+        inside = "the directory does not exist" if found is None else f"found {found[:8]}"
+        hint = "; for the authors' files use load_published_pemt" if found and any(
+            name in ("lora.pt", "adapter.pt", "task_embedding.pt") for name in found
+        ) else ""  # fmt: skip
+        raise FileNotFoundError(
+            f"{path}: expected a file written by save_pretrained, {inside}{hint}"
+        )
+    text = path.read_text()
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged") from error
+    if values.pop("format", None) != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT}; written by another version?")
+    method = values.pop("method", None)
+    if method not in _METHODS:
+        raise ValueError(f"{path}: method must be one of {sorted(_METHODS)}, got {method!r}")
+    module, name = _METHODS[method]
+    return getattr(importlib.import_module(module), name).from_dict(values), _digest(text)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file, with an error that names a damaged one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: file not found")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or damaged ({error})") from error
+
+
+def read(directory: str | os.PathLike[str]) -> tuple[MethodConfig, dict[str, Tensor]]:
+    """Config and tensors of a saved model."""
+    config, digest = read_config(directory)
+    path = Path(directory) / WEIGHTS_FILE
+    tensors, metadata = read_tensors(path)
+    if metadata.get("pemt_fast_config") != digest:
+        raise ValueError(f"{path}: belongs to another {CONFIG_FILE} than the one beside it")
+    return config, tensors
+
+
+@torch.no_grad()
+def assign(model: AdapterModel, tensors: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Copy `tensors` into the attached parameters; nothing may be missing, left over or misfit."""
+    own = adapter_state_dict(model)
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{source}: does not fit this model; missing {missing[:3]}{_more(missing)}, "
+            f"unexpected {extra[:3]}{_more(extra)}"
+        )
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(
+                f"{source}: {name} must have shape {list(own[name].shape)} for this model, "
+                f"got {list(tensor.shape)}"
+            )
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 3} more" if len(names) > 3 else ""

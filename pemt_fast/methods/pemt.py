@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEMT on T5: how its parts attach in each stage.
+
+Stage 1 puts one trainable source adapter beside every `wo` and a prompt in front of the encoder.
+Stage 2 puts the frozen sources, a gate and the target adapter there, ties the prompt to the source
+prompts and trains the layer norms. The equations are in `docs/pemt.md`, the choices in
+`pemt_config.py`, the checks in `pemt_plan.py`, the arithmetic in `nn/feed_forward_tail.py` and
+`nn/prompts.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from pemt_fast.methods.pemt_config import PemtConfig
+from pemt_fast.methods.pemt_plan import Plan, Source, make_plan
+from pemt_fast.model import AdapterModel
+from pemt_fast.nn.bottleneck import BottleneckAdapter
+from pemt_fast.nn.feed_forward_tail import MixtureTail, SourceTail
+from pemt_fast.nn.gates import PooledGate
+from pemt_fast.nn.mixture import AdapterMixture
+from pemt_fast.nn.prompts import CorrelationPrompt
+from pemt_fast.nn.routing import Routing
+from pemt_fast.t5 import Attachment, T5Model, feed_forward_sites, layer_norms
+
+
+def attach(
+    model: T5Model,
+    config: PemtConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sources: Sequence[Source] | None = None,
+) -> AdapterModel:
+    """Attach PEMT to a T5; everything is checked before the model is touched.
+
+    Args:
+        model: The T5.
+        config: The choices; its `sources` may name directories.
+        tokenizer: For the prompt's length and first values.
+        sources: Trained sources in memory, instead of the directories.
+    """
+    plan = make_plan(model, config, tokenizer, sources)
+    config = plan.config
+    embedding = model.get_input_embeddings().weight
+    dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else model.dtype
+    prompt = CorrelationPrompt(
+        plan.prompt_length, embedding.shape[1], plan.source_prompt_lengths, config.prompt_dropout
+    )
+    _init_prompt(prompt, embedding, plan.token_ids, config.draws_prompt_from)
+    for own, source in zip(prompt.sources, plan.sources, strict=False):
+        own.data.copy_(source.prompt)
+    routing = Routing()
+    sites = feed_forward_sites(model)
+    tails: list[SourceTail | MixtureTail] = [
+        _source_tail(model, config, routing)
+        if config.stage == 1
+        else _mixture_tail(model, plan, site.name, routing)
+        for site in sites
+    ]
+
+    attachment = Attachment(model)
+    for site, tail in zip(sites, tails, strict=True):
+        tail.to(device=embedding.device, dtype=dtype)
+        tail.base = site.feed_forward.wo
+        attachment.replace_module(site.feed_forward, "wo", tail)
+        if tail.adds_residual:
+            attachment.add_hook(site.feed_forward.register_forward_pre_hook(tail.keep_residual))
+    if config.trains_layer_norms:
+        for norm in layer_norms(model):
+            attachment.train_copy(norm, "weight")
+    return AdapterModel(
+        model,
+        config,
+        prompt.to(device=embedding.device, dtype=dtype),
+        routing,
+        attachment,
+        aux_weight=config.aux_weight if config.stage == 2 else 0.0,
+        masks_padding=config.masks_padding,
+    ).train(model.training)
+
+
+@torch.no_grad()
+def _init_prompt(
+    prompt: CorrelationPrompt,
+    embedding: Tensor,
+    token_ids: Sequence[Sequence[int] | None],
+    draw_from: str,
+) -> None:
+    """Start the prompt and fresh source prompts from rows of a table.
+
+    `vocabulary`: rows of the model's embeddings, for the tokens of the description (repeated or cut
+    to the length) or, without a tokenizer, for random tokens. `normal`: the same rows of a table
+    drawn from N(0, 1), so that equal tokens share a row, as the released code does.
+    """
+    table = embedding if draw_from == "vocabulary" else torch.randn(embedding.shape)
+    for parameter, ids in zip((prompt.prompt, *prompt.sources), token_ids, strict=False):
+        length = parameter.shape[0]
+        if ids is None:
+            rows = torch.randint(len(table), (length,))
+        else:
+            rows = torch.tensor([ids[i % len(ids)] for i in range(length)])
+        parameter.copy_(table[rows.to(table.device)])
+
+
+def _source_tail(model: T5Model, config: PemtConfig, routing: Routing) -> SourceTail:
+    bottleneck = config.source_kind == "bottleneck"
+    adapter = BottleneckAdapter(
+        model.config.d_ff, config.source_rank, model.config.d_model,
+        activation="gelu_tanh" if bottleneck else "identity", bias=bottleneck, impl=config.impl,
+    )  # fmt: skip
+    if bottleneck:
+        adapter.reset_parameters("normal")
+    else:
+        adapter.reset_parameters("kaiming" if config.published else "lora")
+    return SourceTail(nn.Identity(), adapter, routing, bottleneck)
+
+
+def _mixture_tail(model: T5Model, plan: Plan, name: str, routing: Routing) -> MixtureTail:
+    d_ff, d_model = model.config.d_ff, model.config.d_model
+    bottleneck, impl = plan.config.source_kind == "bottleneck", plan.config.impl
+    mixture = AdapterMixture(
+        d_ff, d_model, plan.ranks,
+        activation="gelu_tanh" if bottleneck else "identity", bias=bottleneck, impl=impl,
+    )  # fmt: skip
+    for e, source in enumerate(plan.sources):
+        mixture.set_adapter(e, *source.adapters[name])
+    mixture.requires_grad_(False)
+    gate_width = d_model if name.startswith("decoder") else d_ff
+    target = BottleneckAdapter(
+        d_model, plan.target_bottleneck, d_model, activation="gelu_tanh", bias=True, impl=impl
+    )
+    target.reset_parameters("normal")
+    return MixtureTail(
+        nn.Identity(),
+        mixture,
+        PooledGate(gate_width, len(plan.ranks)) if len(plan.ranks) > 1 else None,
+        target,
+        name=name,
+        prompt_length=plan.prompt_length,
+        routing=routing,
+        adds_residual=bottleneck,
+    )

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PemtConfig`: every choice of PEMT, checked when it is made.
+
+Source: Lin et al., "PEMT: Multi-Task Correlation Guided Mixture-of-Experts Enables
+Parameter-Efficient Transfer Learning", Findings of ACL 2024, and its code (github
+JachinLin2022/PEMT). Where the released code has a defect the better choice is the default and
+`published=True` gives the released behaviour; `docs/pemt.md` lists both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from pemt_fast.model import AdapterModel
+
+SOURCE_KINDS = ("lora", "bottleneck")
+PROMPT_INITS = ("vocabulary", "normal")
+LOSS_TOKENS = ("real", "all")
+ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class PemtConfig:
+    """PEMT in either stage.
+
+    Attributes:
+        sources: Stage 2: the sources in the order of the gate, each a directory written by stage 1
+            or a plain name for a freshly initialised one (tests, benchmarks). Stage 1: empty.
+        target: Name of the task that is trained: the target, or the source in stage 1.
+        stage: 1 trains one source adapter and its prompt; 2 adapts to the target.
+        source_rank: Bottleneck width of fresh sources (64 in the paper's code).
+        source_ranks: One width per source instead; read from the files of trained sources.
+        source_kind: `lora` (linear pair at `wo`, scale 1) or `bottleneck` (with gelu, biases and
+            the layer's input as residual).
+        target_reduction: The target adapter's bottleneck is `d_model // target_reduction`.
+        target_bottleneck: That width itself, instead.
+        prompt_length: Prompt positions; by default the number of tokens of the description.
+        source_prompt_lengths: The same per fresh source.
+        aux_weight: Weight of the Task Sparsity Loss.
+        published: Follow the released code where it has defects: prompt rows from N(0, 1), loss
+            over padding too, both factors of a new source adapter Kaiming-uniform, trained layer
+            norms in stage 1 of `bottleneck` sources.
+        description: One sentence on the task; by default that of the known task named `target`.
+        prompt_init: `vocabulary` (rows of the embedding table) or `normal`; None: by `published`.
+        loss_tokens: `real` or `all` positions in the Task Sparsity Loss; None: by `published`.
+        prompt_dropout: Dropout on the attention over source prompts, in training.
+        train_layer_norms: Train T5's layer norms; None: in stage 2 (in stage 1 see `published`).
+        adapter_dtype: Dtype of what is attached; None: the model's.
+        impl: Implementation of the operator, see `adapter_mixture`.
+    """
+
+    sources: Sequence[str] = ()
+    target: str = "target"
+    stage: int = 2
+    source_rank: int = 64
+    source_ranks: Sequence[int] | None = None
+    source_kind: str = "lora"
+    target_reduction: int = 16
+    target_bottleneck: int | None = None
+    prompt_length: int | None = None
+    source_prompt_lengths: Sequence[int] | None = None
+    aux_weight: float = 0.1
+    published: bool = False
+    description: str | None = None
+    prompt_init: str | None = None
+    loss_tokens: str | None = None
+    prompt_dropout: float = 0.1
+    train_layer_norms: bool | None = None
+    adapter_dtype: str | None = None
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sources, str):
+            raise TypeError(f"sources must be a list of names or directories, got {self.sources!r}")
+        for name in ("sources", "source_ranks", "source_prompt_lengths"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "sources", tuple(str(s) for s in self.sources))
+        self._check_choices()
+        self._check_sources()
+
+    def _check_choices(self) -> None:
+        _require("stage", self.stage, (1, 2))
+        _require("source_kind", self.source_kind, SOURCE_KINDS)
+        _require("prompt_init", self.prompt_init, (None, *PROMPT_INITS))
+        _require("loss_tokens", self.loss_tokens, (None, *LOSS_TOKENS))
+        _require("adapter_dtype", self.adapter_dtype, (None, *ADAPTER_DTYPES))
+        if not self.target or "/" in self.target or "." in self.target:
+            raise ValueError(f"target must be a task name without '/' or '.', got {self.target!r}")
+        for name in ("source_rank", "target_reduction", "target_bottleneck", "prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"prompt_dropout must be in [0, 1), got {self.prompt_dropout}")
+        if self.aux_weight < 0:
+            raise ValueError(f"aux_weight must not be negative, got {self.aux_weight}")
+
+    def _check_sources(self) -> None:
+        if self.stage == 1 and self.sources:
+            raise ValueError(f"stage 1 trains one source and has no sources, got {self.sources}")
+        if self.stage == 2 and not self.sources:
+            raise ValueError("stage 2 needs at least one source, got none")
+        for name in ("source_ranks", "source_prompt_lengths"):
+            value = getattr(self, name)
+            if value is not None and (len(value) != len(self.sources) or min(value) < 1):
+                raise ValueError(
+                    f"{name} must hold one positive number per source ({len(self.sources)}), "
+                    f"got {list(value)}"
+                )
+        if len(set(self.sources)) != len(self.sources):
+            raise ValueError(f"sources must differ, got {list(self.sources)}")
+
+    @property
+    def trains_layer_norms(self) -> bool:
+        """Whether T5's layer norms are trained."""
+        if self.train_layer_norms is not None:
+            return self.train_layer_norms
+        return self.stage == 2 or (self.published and self.source_kind == "bottleneck")
+
+    @property
+    def masks_padding(self) -> bool:
+        """Whether the Task Sparsity Loss leaves out padding."""
+        default = "all" if self.published else "real"
+        return (self.loss_tokens or default) == "real"
+
+    @property
+    def draws_prompt_from(self) -> str:
+        """`vocabulary` or `normal`."""
+        return self.prompt_init or ("normal" if self.published else "vocabulary")
+
+    def attach(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> AdapterModel:
+        """Build PEMT on `model`; called by `get_model`."""
+        from pemt_fast.methods.pemt import attach
+
+        return attach(model, self, tokenizer)
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready values with the method's name."""
+        return {"method": "pemt", **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> PemtConfig:
+        """Inverse of `to_dict` without the method's name; unknown keys are an error."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"unknown PemtConfig keys {unknown}; expected {sorted(known)}")
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _require(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One bottleneck or low-rank adapter: `y = base + up(act(down(x)))`.
+
+A LoRA pair is the case without activation and biases. Parameters sit in two `nn.Linear` modules, so
+their names and shapes are the usual ones; the arithmetic is `adapter_mixture` with one adapter.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pemt_fast.ops.adapter_mixture import adapter_mixture
+
+
+class BottleneckAdapter(nn.Module):
+    """`base + act(x·downᵀ + b_down)·upᵀ + b_up` with `down [R, D]` and `up [H, R]`.
+
+    Args:
+        in_features: D.
+        bottleneck: R.
+        out_features: H.
+        activation: A name of `adapter_mixture`; `identity` makes a LoRA pair of scale 1.
+        bias: Whether both projections have a bias.
+        impl: Implementation of the operator.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        bottleneck: int,
+        out_features: int,
+        *,
+        activation: str,
+        bias: bool,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, bottleneck, bias=bias)
+        self.up = nn.Linear(bottleneck, out_features, bias=bias)
+        self.activation = activation
+        self.impl = impl
+
+    @torch.no_grad()
+    def reset_parameters(self, init: str) -> None:
+        """Initialise in place.
+
+        Args:
+            init: `lora` (down Kaiming-uniform, up zero: the model starts unchanged), `kaiming`
+                (both Kaiming-uniform, as released for PEMT's sources) or `normal` (both
+                N(0, 0.01), as released for the target adapter). Biases become zero.
+        """
+        for layer in (self.down, self.up):
+            if init == "normal":
+                nn.init.normal_(layer.weight, std=0.01)
+            elif init == "lora" and layer is self.up:
+                nn.init.zeros_(layer.weight)
+            elif init in ("lora", "kaiming"):
+                nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+            else:
+                raise ValueError(f"init must be lora, kaiming or normal, got {init!r}")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, base: Tensor) -> Tensor:
+        """`x [..., D]`, `base [..., H]`; returns `[..., H]` in the dtype of `x`."""
+        b_down, b_up = self.down.bias, self.up.bias
+        return adapter_mixture(
+            x,
+            torch.ones(1, device=x.device),
+            self.down.weight.unsqueeze(0),
+            self.up.weight.t().unsqueeze(0),
+            None if b_down is None else b_down.unsqueeze(0),
+            None if b_up is None else b_up.unsqueeze(0),
+            activation=self.activation,
+            base=base,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"activation={self.activation}"

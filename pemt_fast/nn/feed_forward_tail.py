@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEMT's modules in place of `wo`, the last linear of T5's feed-forward layer.
+
+Stage 1 (`SourceTail`): `y = W_o·h + adapter(h)`, one trainable source adapter.
+Stage 2 (`MixtureTail`): `y = W_o·h + Σ_k g_k·adapter_k(h)`, `z = y + target(y)`; `h` is the d_ff
+activation after dropout. T5 adds dropout and the residual to what these modules return.
+
+Bottleneck experts (not LoRA) also add the layer's input `r` to each expert's output. The gate sums
+to 1, so the mixture adds `r` once; a hook on the feed-forward module hands `r` over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pemt_fast.nn.bottleneck import BottleneckAdapter
+from pemt_fast.nn.gates import PooledGate, pool_prompt
+from pemt_fast.nn.mixture import AdapterMixture
+from pemt_fast.nn.routing import Routing, RoutingState
+from pemt_fast.ops.sparsity_loss import task_sparsity_loss
+
+
+class _Tail(nn.Module):
+    """What both stages share: the wrapped `wo`, its visible weight, the residual of bottlenecks."""
+
+    def __init__(self, base: Any, routing: Routing, adds_residual: bool) -> None:
+        super().__init__()
+        self.base: Any = base
+        self.routing = routing
+        self.adds_residual = adds_residual
+        self.residual: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """`wo.weight`: T5 casts the input of `wo` to its dtype."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`wo.bias`."""
+        return self.base.bias
+
+    def keep_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of the feed-forward module: remember its input."""
+        self.residual = args[0]
+
+    def _take_residual(self) -> Tensor | None:
+        residual, self.residual = self.residual, None
+        return residual if self.adds_residual else None
+
+    def _state(self) -> RoutingState:
+        if self.routing.state is None:
+            raise RuntimeError(
+                "this T5 carries pemt_fast adapters: call the model that get_model returned, "
+                "not the T5 inside it, or unload() it first"
+            )
+        return self.routing.state
+
+
+class SourceTail(_Tail):
+    """Stage 1: `wo` with one trainable source adapter in parallel."""
+
+    def __init__(
+        self, base: nn.Module, adapter: BottleneckAdapter, routing: Routing, adds_residual: bool
+    ) -> None:
+        super().__init__(base, routing, adds_residual)
+        self.adapter = adapter
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`hidden_states [B, S, d_ff]` to `[B, S, d_model]`."""
+        residual = self._take_residual()
+        out = self.base(hidden_states)
+        if not self.routing.enabled:
+            return out
+        self._state()
+        out = self.adapter(hidden_states, out)
+        return out if residual is None else out + residual
+
+
+class MixtureTail(_Tail):
+    """Stage 2: `wo`, the gated mixture of frozen sources, the target adapter, the loss.
+
+    Args:
+        base: The original `wo`.
+        mixture: The frozen source adapters.
+        gate: The trained gate, None for a single source (its weight is always 1).
+        target_adapter: The trained adapter of the target task.
+        name: `encoder.i` or `decoder.i`, the key of the recorded gate and loss.
+        prompt_length: Positions the encoder's gate pools over.
+        routing: Shared with the wrapped model.
+        adds_residual: Whether every expert adds the layer's input (bottleneck experts).
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        mixture: AdapterMixture,
+        gate: PooledGate | None,
+        target_adapter: BottleneckAdapter,
+        *,
+        name: str,
+        prompt_length: int,
+        routing: Routing,
+        adds_residual: bool,
+    ) -> None:
+        super().__init__(base, routing, adds_residual)
+        self.mixture = mixture
+        self.gate = gate
+        self.target_adapter = target_adapter
+        self.name = name
+        self.is_decoder = name.startswith("decoder")
+        self.prompt_length = prompt_length
+
+    def _gate_weights(self, hidden_states: Tensor, state: RoutingState) -> Tensor:
+        if self.gate is None:
+            return torch.ones(hidden_states.shape[0], 1, device=hidden_states.device)
+        if not self.is_decoder:
+            return self.gate(pool_prompt(hidden_states, self.prompt_length))
+        if self.name in state.decoder_gates:
+            return state.decoder_gates[self.name]
+        if state.encoder_query is None:
+            raise RuntimeError("the decoder ran without encoder_hidden_states: its gates need them")
+        gate = self.gate(state.encoder_query)
+        if state.generating:
+            state.decoder_gates[self.name] = gate
+        return gate
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`hidden_states [B, S, d_ff]` to `[B, S, d_model]`."""
+        residual = self._take_residual()
+        out = self.base(hidden_states)
+        if not self.routing.enabled:
+            return out
+        state = self._state()
+        gate = self._gate_weights(hidden_states, state)
+        # A single source leaves nothing to select: the published code has no loss there either.
+        wants_loss = state.wants_loss and self.gate is not None
+        if wants_loss:
+            y, hidden = self.mixture.forward_with_hidden(hidden_states, gate, out)
+        else:
+            y = self.mixture(hidden_states, gate, out)
+        if residual is not None:
+            y = y + residual
+        z = self.target_adapter(y, y)
+        if state.recording:
+            state.gates[self.name] = gate
+        if wants_loss:
+            loss = task_sparsity_loss(
+                z, gate, hidden, self.mixture.w_up, self.mixture.b_up,
+                residual=residual,
+                mask=state.decoder_mask if self.is_decoder else state.encoder_mask,
+                ranks=self.mixture.ranks,
+            )  # fmt: skip
+            if state.recording:
+                state.losses[self.name] = loss
+        return z
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"name={self.name}, prompt_length={self.prompt_length}"

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gates: how much of each adapter an instance gets.
+
+PEMT's gate looks at the prompt only: the mean over the prompt positions, one row per sequence,
+shared by all its tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def pool_prompt(states: Tensor, prompt_length: int) -> Tensor:
+    """Mean over the first `prompt_length` positions of `[B, S, D]`: `[B, D]`, at least float32."""
+    dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
+    return states[:, :prompt_length].mean(1, dtype=dtype)
+
+
+class PooledGate(nn.Module):
+    """`softmax(pooled · w_gate)`; `w_gate [D, E]` starts at zero, so the gate starts uniform."""
+
+    def __init__(self, in_features: int, num_adapters: int) -> None:
+        super().__init__()
+        self.w_gate = nn.Parameter(torch.zeros(in_features, num_adapters))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """`pooled [B, D]` to gate weights `[B, E]` that sum to 1, at least float32."""
+        return torch.softmax(torch.mm(pooled, self.w_gate.to(pooled.dtype)), dim=-1)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"D={self.w_gate.shape[0]}, E={self.w_gate.shape[1]}"
