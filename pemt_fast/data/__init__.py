@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data: from a task's name to token ids.
+
+Read in this order: `template.py` (a row becomes two texts), `tasks.py` (the table of data sets),
+`rows.py` and `load.py` (reading and cutting), `tokenization.py` (ids). `synthetic.py` makes tasks
+that need no data. Nothing heavy is imported before a function that needs it is called.
+"""
+
+from pemt_fast.data.load import Splits, available_splits, load_rows, load_splits
+from pemt_fast.data.synthetic import SYNTHETIC_TASKS, make_examples, synthetic_tokenizer
+from pemt_fast.data.tasks import SOURCE_TASKS, TARGET_TASKS, TASKS, get_task
+from pemt_fast.data.template import Example, Task
+from pemt_fast.data.tokenization import tokenize
+
+__all__ = [
+    "SOURCE_TASKS",
+    "SYNTHETIC_TASKS",
+    "TARGET_TASKS",
+    "TASKS",
+    "Example",
+    "Splits",
+    "Task",
+    "available_splits",
+    "get_task",
+    "load_rows",
+    "load_splits",
+    "make_examples",
+    "synthetic_tokenizer",
+    "tokenize",
+]

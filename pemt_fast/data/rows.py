@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the rows of one original split, from a local folder of JSON lines or from the hub.
+
+A local folder mirrors the hub: ``<data set>__<configuration>/<split>.jsonl``, one JSON object per
+line, columns and label numbers as the hub has them. The hub is asked only when no folder is given.
+
+Next: `load.py` makes train, validation and test of these rows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pemt_fast.data.tasks import get_task
+from pemt_fast.data.template import Row, Task
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+
+def available_splits(task: str | Task, data_dir: str | Path | None = None) -> tuple[str, ...]:
+    """List the original splits of a task, in the local folder or on the hub."""
+    task = get_task(task) if isinstance(task, str) else task
+    if data_dir is None:
+        return tuple(_load_from_hub(task))
+    return tuple(sorted(path.stem for path in _find_folder(task, data_dir).glob("*.jsonl")))
+
+
+def load_rows(
+    task: str | Task, data_dir: str | Path | None = None, split: str = "train"
+) -> list[Row]:
+    """Read all rows of one original split.
+
+    Args:
+        task: a task or its name.
+        data_dir: folder with a folder ``<task.folder>`` or ``<task.name>`` of ``<split>.jsonl``
+            files, or with those files themselves; None asks the hub through `datasets`.
+        split: name of the original split, such as "train" or "validation_matched".
+
+    Returns:
+        One mapping per row, in the order of the source.
+
+    Raises:
+        FileNotFoundError: no such folder, file or data set; the message says what was found.
+        ValueError: a line is not a JSON object (with its number), or the split is empty.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    if data_dir is not None:
+        return _read_jsonl(_find_folder(task, data_dir), split)
+    parts = _load_from_hub(task)
+    if split not in parts:
+        raise FileNotFoundError(
+            f"data set {task.dataset!r} has no split {split!r}; it has: {', '.join(parts)}"
+        )
+    rows = parts[split].to_list()
+    if not rows:
+        raise ValueError(f"split {split!r} of data set {task.dataset!r} is empty")
+    return rows
+
+
+def _find_folder(task: Task, data_dir: str | Path) -> Path:
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data_dir must be an existing folder, got {str(root)!r}")
+    for name in (task.folder, task.name):
+        if (root / name).is_dir():
+            return root / name
+    if (root / "train.jsonl").is_file():
+        return root
+    entries = sorted(path.name for path in root.iterdir())
+    found = ", ".join(entries[:20]) + (", ..." if len(entries) > 20 else "")
+    raise FileNotFoundError(
+        f"no data of task {task.name!r} in {str(root)!r}: expected a folder {task.folder!r} or "
+        f"{task.name!r}, or train.jsonl itself; found: {found or 'nothing'}"
+    )
+
+
+def _read_jsonl(folder: Path, split: str) -> list[Row]:
+    path = folder / f"{split}.jsonl"
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise FileNotFoundError(f"no file {split}.jsonl in {str(folder)!r}; found: {found}")
+    rows: list[Row] = []
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append(_parse_line(path, number, line))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be UTF-8 text ({error})") from error
+    if not rows:
+        raise ValueError(f"{path}: the file holds no rows")
+    return rows
+
+
+def _parse_line(path: Path, number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _load_from_hub(task: Task) -> DatasetDict:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            "loading from the hub needs the package 'datasets'; install it or pass data_dir"
+        ) from error
+    try:
+        return load_dataset(task.dataset, task.config)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"cannot load data set {task.dataset!r} (configuration {task.config!r}) from the hub: "
+            f"{error}; for offline use pass data_dir with {task.folder}/train.jsonl"
+        ) from error

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How one row of a data set becomes a pair of texts for a text-to-text model.
+
+A `Task` is a table entry: which columns are shown under which markers, what the target text is,
+which metrics judge it and how its splits are made. `Task.format` turns a row of the hub's schema
+into an `Example`: ``premise: ... hypothesis: ...`` as the source, a class name, a score or an
+answer as the target. A task-name prefix is never added, as in the published PEMT runs.
+
+Next: `tasks.py` holds the entries, `load.py` cuts the splits, `tokenization.py` makes the ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Row = Mapping[str, object]
+Kind = Literal["classification", "regression", "qa"]
+SplitRule = Literal["small", "large", "mnli", "official"]
+LabelStyle = Literal["name", "index"]
+
+# The hub marks rows whose label is withheld, or where annotators did not agree, with this number.
+HIDDEN_LABEL = -1
+_HIDDEN_MESSAGE = (
+    "task {!r}: this row has {}, as in the test parts whose answers the hub withholds; "
+    "use a split with labels"
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One source and target text.
+
+    Attributes:
+        source: text given to the encoder.
+        target: text the decoder is trained on.
+        references: every text accepted as right at evaluation; holds `target`.
+        group: rows with the same group are scored together (MultiRC: one question).
+        task: name of the task, for messages and for mixing tasks in one batch.
+        is_label: the target comes from a closed set of short texts and must never be cut.
+    """
+
+    source: str
+    target: str
+    references: tuple[str, ...]
+    group: str | None = None
+    task: str = ""
+    is_label: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything the library knows about one data set.
+
+    Attributes:
+        name: short name, key of `TASKS`.
+        description: one sentence; its tokens give the initial task prompt.
+        dataset: hub id of the data set, in a form that needs no loading script.
+        folder: name of the local folder with ``train.jsonl`` and so on.
+        source_fields: (marker, column) pairs in the order they are written.
+        config: configuration on the hub, or None.
+        metrics: names understood by `pemt_fast.training.metrics.compute`.
+        labels: label texts in the hub's label order, None for scores and free text.
+        label_column: column with the label, score, answers or option number.
+        kind: "classification", "regression" or "qa".
+        split_rule: how validation and test are made, see `load.py`.
+        test_splits: names of the original split used as test, the first that exists is taken.
+        train_cap: upper limit of training rows, None for all.
+        option_columns: the target is the text of one of these columns (WinoGrande).
+        extra_columns: columns that only `prepare` reads.
+        group_keys: keys inside the ``idx`` column that identify a group of rows.
+        drop_unlabelled: leave out rows with the hidden label instead of refusing them.
+        one_example_per_answer: train on every answer of a row, not only on the first.
+        prepare: rewrites the row before it is formatted.
+    """
+
+    name: str
+    description: str
+    dataset: str
+    folder: str
+    source_fields: tuple[tuple[str, str], ...]
+    config: str | None = None
+    metrics: tuple[str, ...] = ("accuracy",)
+    labels: tuple[str, ...] | None = None
+    label_column: str = "label"
+    kind: Kind = "classification"
+    split_rule: SplitRule = "small"
+    test_splits: tuple[str, ...] = ("validation",)
+    train_cap: int | None = None
+    option_columns: tuple[str, ...] = ()
+    extra_columns: tuple[str, ...] = ()
+    group_keys: tuple[str, ...] = ()
+    drop_unlabelled: bool = False
+    one_example_per_answer: bool = False
+    prepare: Callable[[Row], Row] | None = None
+
+    def format(self, row: Row, label_style: LabelStyle = "name") -> Example:
+        """Write one row as source and target text.
+
+        Args:
+            row: mapping from column to value, as the hub or a JSON line gives it.
+            label_style: "name" writes class names, "index" writes class numbers. Scores and free
+                answers are the same in both.
+
+        Returns:
+            The example; for question answering its target is the first answer.
+
+        Raises:
+            ValueError: a column is missing or has the wrong type, the label is hidden or unknown,
+                or `label_style` is neither of the two.
+        """
+        if label_style not in ("name", "index"):
+            raise ValueError(f"label_style must be 'name' or 'index', got {label_style!r}")
+        self._require_columns(row)
+        if self.prepare is not None:
+            row = self.prepare(row)
+        source = " ".join(f"{marker}: {self._text(row, col)}" for marker, col in self.source_fields)
+        references = self._references(row, label_style)
+        return Example(
+            source=source,
+            target=references[0],
+            references=references,
+            group=self._group(row),
+            task=self.name,
+            is_label=self.labels is not None or self.kind == "regression",
+        )
+
+    def format_for_training(self, row: Row, label_style: LabelStyle = "name") -> list[Example]:
+        """Write one training row; ReCoRD gives one example per distinct answer, others one."""
+        example = self.format(row, label_style)
+        if not self.one_example_per_answer:
+            return [example]
+        return [replace(example, target=answer) for answer in dict.fromkeys(example.references)]
+
+    def class_of(self, row: Row) -> str | None:
+        """Name the class of a row for drawing k rows per class; None where there are no classes."""
+        if self.kind != "classification":
+            return None
+        self._require_columns(row)
+        return self.label_texts("name")[self._label_index(row)]
+
+    def label_texts(self, label_style: LabelStyle = "name") -> tuple[str, ...]:
+        """Return the target texts in label order, empty for scores and free answers."""
+        names = self.labels or self.option_columns
+        return names if label_style == "name" else tuple(str(i) for i in range(len(names)))
+
+    def is_unlabelled(self, row: Row) -> bool:
+        """Say whether the row carries the hub's mark for a hidden or missing label."""
+        return row.get(self.label_column) == HIDDEN_LABEL
+
+    def _require_columns(self, row: Row) -> None:
+        shown = tuple(column for _, column in self.source_fields)
+        group = ("idx",) if self.group_keys else ()
+        for column in (*shown, *self.extra_columns, *group, self.label_column):
+            if column not in row:
+                present = ", ".join(sorted(row)) or "none"
+                raise ValueError(
+                    f"task {self.name!r} needs the column {column!r}; columns present: {present}"
+                )
+
+    def _text(self, row: Row, column: str) -> str:
+        value = row[column]
+        if not isinstance(value, str):
+            raise ValueError(
+                f"task {self.name!r}: column {column!r} must be text, "
+                f"got {type(value).__name__} {value!r}"
+            )
+        return value.strip()
+
+    def _group(self, row: Row) -> str | None:
+        if not self.group_keys:
+            return None
+        idx = row["idx"]
+        if not isinstance(idx, Mapping) or any(key not in idx for key in self.group_keys):
+            raise ValueError(
+                f"task {self.name!r}: column 'idx' must hold {', '.join(self.group_keys)}, "
+                f"got {idx!r}"
+            )
+        return "-".join(str(idx[key]) for key in self.group_keys)
+
+    def _references(self, row: Row, label_style: LabelStyle) -> tuple[str, ...]:
+        if self.kind == "qa":
+            return self._answers(row)
+        if self.kind == "regression":
+            return (self._score(row),)
+        index = self._label_index(row)
+        if self.option_columns and label_style == "name":
+            return (self._text(row, self.option_columns[index]),)
+        return (self.label_texts(label_style)[index],)
+
+    def _label_index(self, row: Row) -> int:
+        value = row[self.label_column]
+        if value == HIDDEN_LABEL or value == str(HIDDEN_LABEL) or value == "":
+            raise ValueError(_HIDDEN_MESSAGE.format(self.name, f"a hidden label ({value!r})"))
+        if self.option_columns:
+            known = tuple(str(i + 1) for i in range(len(self.option_columns)))
+            value = str(value) if isinstance(value, int) else value
+        else:
+            known = self.labels or ()
+        if isinstance(value, bool) and known == ("False", "True"):
+            value = str(value)
+        if isinstance(value, str) and value in known:
+            return known.index(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(known):
+            return value
+        listed = ", ".join(f"{i} {text}" for i, text in enumerate(known))
+        raise ValueError(
+            f"task {self.name!r}: unknown label {value!r} in column {self.label_column!r}; "
+            f"known labels: {listed}"
+        )
+
+    def _score(self, row: Row) -> str:
+        value = row[self.label_column]
+        if value == HIDDEN_LABEL:
+            raise ValueError(_HIDDEN_MESSAGE.format(self.name, f"a hidden label ({value!r})"))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 5:
+            raise ValueError(
+                f"task {self.name!r}: column {self.label_column!r} must be a score from 0 to 5, "
+                f"got {value!r}"
+            )
+        # Scaling first rounds ties the way numpy does, hence as in the published targets.
+        return str(round(value * 10) / 10)
+
+    def _answers(self, row: Row) -> tuple[str, ...]:
+        answers = row[self.label_column]
+        if isinstance(answers, Mapping):
+            answers = answers.get("text")
+        if not isinstance(answers, list | tuple) or not all(isinstance(a, str) for a in answers):
+            raise ValueError(
+                f"task {self.name!r}: column {self.label_column!r} must be a list of texts or a "
+                f"mapping with the list under 'text', got {row[self.label_column]!r}"
+            )
+        texts = tuple(answer.strip() for answer in answers if answer.strip())
+        if not texts:
+            nothing = f"no answer in column {self.label_column!r}"
+            raise ValueError(_HIDDEN_MESSAGE.format(self.name, nothing))
+        return texts
