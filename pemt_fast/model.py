@@ -270,14 +270,25 @@ class AdapterModel(nn.Module):
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
             )
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, object] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """As in transformers; only the non-reentrant form keeps the auxiliary loss's gradient."""
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ValueError(_REENTRANT)
+        if hasattr(self.base_model, "activation_checkpointing_enable"):
+            self.base_model.activation_checkpointing_enable(options, **kwargs)
+        else:
+            self.base_model.gradient_checkpointing_enable(options, **kwargs)
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, object] | None = None
     ) -> None:
-        """As in transformers; only the non-reentrant form keeps the auxiliary loss's gradient."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise ValueError(_REENTRANT)
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def _route_checkpoints(self) -> None:
         """Let recomputed layers see the routing state of their own forward pass."""
