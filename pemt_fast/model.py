@@ -246,7 +246,7 @@ class AdapterModel(nn.Module):
         inputs_embeds: Tensor | None = None,
         task_ids: Tensor | None = None,
         **kwargs: object,
-    ) -> Tensor | object:
+    ) -> Any:
         """T5's `generate` with prompt and adapters; the decoder's gates are computed once.
 
         Args:

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train one wrapped model on one task and measure it: the step that both stages share.
+
+Data is checked and encoded before anything is written. The run directory then holds `checkpoints/`
+while training (resumed after a kill) and, at the end, the adapters of the best checkpoint and
+`results.json`, which `finish` writes last: a directory with it is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+import pemt_fast
+from pemt_fast.checkpoint import replace_file
+from pemt_fast.data import Splits, tokenize
+from pemt_fast.data.template import Example
+from pemt_fast.model import AdapterModel
+from pemt_fast.t5 import T5Model
+from pemt_fast.training.metrics import compute
+from pemt_fast.training.options import TrainOptions
+from pemt_fast.training.trainer import AdapterTrainer, last_complete_checkpoint
+
+logger = logging.getLogger("pemt_fast")
+
+RESULTS_FILE = "results.json"
+CHECKPOINTS = "checkpoints"
+Rows = list[dict[str, list[int]]]
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write JSON under a temporary name and rename it."""
+    text = json.dumps(values, indent=2) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text))
+
+
+def read_results(directory: str | os.PathLike[str]) -> dict | None:
+    """`results.json` of a finished run, None if the run is not finished."""
+    path = Path(directory) / RESULTS_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def environment() -> dict[str, object]:
+    """What a reader needs to know about the machine and the versions."""
+    return {
+        "pemt_fast": pemt_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def predict(
+    model: AdapterModel | T5Model,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    *,
+    batch_size: int,
+    max_length: int,
+) -> list[str]:
+    """Greedy decoding of encoded rows, in their order; similar lengths share a batch."""
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    texts = [""] * len(rows)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = collator([rows[i] for i in indices]).to(device)
+        tokens = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_length=max_length,
+            num_beams=1,
+            do_sample=False,
+        )
+        decoded = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for i, text in zip(indices, decoded, strict=True):
+            texts[i] = text.strip()
+    model.train(was_training)
+    return texts
+
+
+def encode(
+    splits: Splits, tokenizer: PreTrainedTokenizerBase, options: TrainOptions
+) -> tuple[Rows, Rows, Rows]:
+    """Token ids of the three parts; raises if a part is empty or a label does not fit."""
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    for name, examples in parts.items():
+        if not examples:
+            raise ValueError(f"the {name} part is empty: training needs at least one example")
+    return tuple(  # type: ignore[return-value]
+        tokenize(
+            examples,
+            tokenizer,
+            max_source_length=options.max_source_length,
+            max_target_length=options.max_target_length,
+        )
+        for examples in parts.values()
+    )
+
+
+def generation_length(rows: Sequence[Rows]) -> int:
+    """Room for the longest target, its end token and the start token."""
+    return max(len(row["labels"]) for part in rows for row in part) + 1
+
+
+def fit(
+    model: AdapterModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    metrics: Sequence[str],
+    options: TrainOptions,
+    directory: str | os.PathLike[str],
+    *,
+    label: str,
+) -> dict:
+    """Train, keep the best checkpoint by the mean of the metrics, test it, write everything.
+
+    Args:
+        model: From `get_model`.
+        tokenizer: The T5's.
+        splits: Examples of the three parts.
+        metrics: Names for `metrics.compute`.
+        options: Optimisation.
+        directory: The run directory.
+        label: What is being trained, for logs and results.
+
+    Returns:
+        Scores, times and settings, for `finish`.
+    """
+    train, validation, test = encode(splits, tokenizer, options)
+    length = generation_length((train, validation, test))
+    folder = Path(directory)
+    checkpoints = folder / CHECKPOINTS
+    checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def score(examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, float]:
+        return compute(metrics, list(predictions), list(examples))
+
+    def evaluate(prediction: transformers.EvalPrediction) -> dict[str, float]:
+        tokens = torch.as_tensor(prediction.predictions).clamp_min(0)  # the trainer pads with -100
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return score(splits.validation, [t.strip() for t in texts])
+
+    trainer = AdapterTrainer(
+        model=model,
+        args=options.arguments(checkpoints, length),
+        train_dataset=cast(Any, train),
+        eval_dataset=cast(Any, validation),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        compute_metrics=evaluate,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    started = time.perf_counter()
+    resumed = last_complete_checkpoint(checkpoints)
+    if resumed:
+        logger.warning("%s: resuming from %s", label, resumed)
+    trainer.train(resume_from_checkpoint=resumed)
+    seconds = time.perf_counter() - started
+    texts = predict(model, tokenizer, test, batch_size=options.eval_batch_size, max_length=length)
+    trainable, total = model.count_parameters()
+    results = {
+        "label": label,
+        "validation": {k.removeprefix("eval_"): v for k, v in _best_validation(trainer).items()},
+        "test": score(splits.test, texts),
+        "examples": {"train": len(train), "validation": len(validation), "test": len(test)},
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "seconds": round(seconds, 1),
+        "resumed": bool(resumed),
+        "trainable_parameters": trainable,
+        "all_parameters": total,
+        "loss": [
+            {"step": e["step"], "loss": e["loss"]} for e in trainer.state.log_history if "loss" in e
+        ],
+        "options": asdict(options),
+        "config": model.adapter_config.to_dict(),
+        "environment": environment(),
+    }
+    model.save_pretrained(folder)
+    return results
+
+
+def finish(directory: str | os.PathLike[str], results: dict) -> dict:
+    """Mark a run as finished: write its results, then drop the checkpoints. Returns what is read."""
+    path = Path(directory) / RESULTS_FILE
+    write_json(path, results)
+    shutil.rmtree(Path(directory) / CHECKPOINTS, ignore_errors=True)
+    return json.loads(path.read_text())
+
+
+def _best_validation(trainer: AdapterTrainer) -> dict[str, float]:
+    """The evaluation entry of the best checkpoint, without timings."""
+    best = trainer.state.best_global_step
+    entries = [e for e in trainer.state.log_history if "eval_average" in e and e["step"] == best]
+    skip = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    return {k: v for k, v in entries[-1].items() if k.startswith("eval_") and k not in skip}

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TrainOptions`: how long and how fast to train, with the published values of each stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Seq2SeqTrainingArguments
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Optimisation of one run. AdamW, linear decay, no weight decay, as published.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        steps: Number of updates; None: by `epochs`.
+        epochs: Passes over the training part.
+        warmup_steps: Linear warm-up.
+        batch_size: Sequences per update and device.
+        eval_batch_size: Sequences per generation batch.
+        eval_every: Updates between evaluations; None: once per epoch.
+        max_source_length: Tokens of the text; the prompt comes on top.
+        max_target_length: Tokens of the target; None: 8 for labels, 128 for free text.
+        max_grad_norm: Gradient clipping.
+        seed: Order of the data, dropout, initial values.
+        bf16: Autocast to bfloat16.
+        gradient_checkpointing: Trade time for memory.
+        workers: Processes that prepare batches.
+        progress: Show progress bars.
+    """
+
+    learning_rate: float = 3e-4
+    steps: int | None = None
+    epochs: float = 20
+    warmup_steps: int = 0
+    batch_size: int = 32
+    eval_batch_size: int = 128
+    eval_every: int | None = None
+    max_source_length: int = 256
+    max_target_length: int | None = None
+    max_grad_norm: float = 1.0
+    seed: int = 42
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    workers: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        positive = ("learning_rate", "epochs", "batch_size", "eval_batch_size", "max_source_length")
+        optional = ("steps", "eval_every", "max_target_length")
+        for name in positive + optional:
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if value is None or value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+
+    def arguments(self, output_dir: Path, generation_length: int) -> Seq2SeqTrainingArguments:
+        """Arguments of transformers' trainer: evaluate, keep the best and the last checkpoint."""
+        strategy = "epoch" if self.eval_every is None else "steps"
+        return Seq2SeqTrainingArguments(
+            output_dir=str(output_dir),
+            max_steps=self.steps or -1,
+            num_train_epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            lr_scheduler_type="linear",
+            weight_decay=0.0,
+            max_grad_norm=self.max_grad_norm,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=self.eval_batch_size,
+            eval_strategy=strategy,
+            save_strategy=strategy,
+            logging_strategy=strategy,
+            **self._intervals(),
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="average",
+            greater_is_better=True,
+            predict_with_generate=True,
+            generation_max_length=generation_length,
+            seed=self.seed,
+            data_seed=self.seed,
+            bf16=self.bf16,
+            **self._checkpointing(),
+            dataloader_num_workers=self.workers,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=not self.progress,
+            report_to="none",
+            log_level="error",
+        )
+
+    def _intervals(self) -> dict[str, Any]:
+        if self.eval_every is None:
+            return {}
+        return dict.fromkeys(("eval_steps", "save_steps", "logging_steps"), self.eval_every)
+
+    def _checkpointing(self) -> dict[str, Any]:
+        """Arguments for checkpointing, under the name this transformers knows."""
+        if not self.gradient_checkpointing:
+            return {}
+        known = Seq2SeqTrainingArguments.__dataclass_fields__
+        name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+        return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+# Published values (github JachinLin2022/PEMT, run_pemt_stage1.sh and run_pemt_stage2.sh).
+STAGE_ONE = TrainOptions(learning_rate=5e-4, epochs=5, warmup_steps=500, batch_size=128)
+STAGE_TWO = TrainOptions(learning_rate=3e-4, epochs=20, batch_size=32, seed=4096)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pemt-fast train`: all sources, then all targets, on data sets of the hub's schema.
+
+Everything that can be wrong is found before the first step: names, files, labels, lengths. A run
+that is finished is skipped, so the same command continues after a kill.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from pemt_fast.checkpoint import replace_file
+from pemt_fast.data import Splits, get_task, load_splits, tokenize
+from pemt_fast.methods.pemt_config import PemtConfig
+from pemt_fast.model import load
+from pemt_fast.t5 import T5Model, max_positions
+from pemt_fast.training.fit import encode, environment, generation_length, predict, write_json
+from pemt_fast.training.metrics import compute
+from pemt_fast.training.options import STAGE_ONE, STAGE_TWO, TrainOptions
+from pemt_fast.training.stages import (
+    Backbone,
+    TaskData,
+    score_untouched,
+    train_single,
+    train_source,
+    train_target,
+)
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What to train; see `pemt-fast train --help` and `PemtConfig`.
+
+    Attributes:
+        model: Directory or hub name of a T5.
+        sources: Source tasks.
+        targets: Target tasks; empty for stage 1 only.
+        data_dir: Folder of JSONL data sets; None: the hub.
+        few_shot: Target examples per class; None: the whole training part.
+        baseline: Also train a single adapter and score the plain T5.
+        source_kind: See `PemtConfig`.
+        source_rank: See `PemtConfig`.
+        target_reduction: See `PemtConfig`.
+        aux_weight: See `PemtConfig`.
+        published: See `PemtConfig`.
+        source_options: Optimisation of stage 1.
+        target_options: Optimisation of stage 2.
+        limit_train: Source examples at most.
+        limit_eval: Validation and test examples at most.
+        data_seed: Seed of splits and few-shot draws.
+    """
+
+    model: str
+    sources: Sequence[str]
+    targets: Sequence[str] = ()
+    data_dir: str | Path | None = None
+    few_shot: int | None = None
+    baseline: bool = False
+    source_kind: str = "lora"
+    source_rank: int = 64
+    target_reduction: int = 16
+    aux_weight: float = 0.1
+    published: bool = False
+    source_options: TrainOptions = STAGE_ONE
+    target_options: TrainOptions = STAGE_TWO
+    limit_train: int | None = None
+    limit_eval: int | None = None
+    data_seed: int = 42
+
+
+def load_backbone(name: str) -> tuple[Callable[[], T5Model], PreTrainedTokenizerBase]:
+    """One T5, loaded once, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: neither a directory with a model nor a name that the hub knows.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSeq2SeqLM.from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model: {name!r} is neither a directory with a T5 nor a hub name that can be loaded: "
+            f"{error}"
+        ) from error
+    return lambda: model, tokenizer
+
+
+def load_task(
+    name: str, request: TrainRequest, *, few_shot: int | None, limit_train: int | None
+) -> TaskData:
+    """Examples of a known task."""
+    task = get_task(name)
+    splits = load_splits(
+        task,
+        request.data_dir,
+        few_shot=few_shot,
+        seed=request.data_seed,
+        limit_train=limit_train,
+        limit_eval=request.limit_eval,
+    )
+    return TaskData(task.name, task.description, splits, task.metrics)
+
+
+def _check(
+    request: TrainRequest, tasks: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase,
+    model: T5Model,
+) -> None:  # fmt: skip
+    """Everything about the tasks that can be wrong, before the first step of the first run."""
+    limit = max_positions(model)
+    for name, task in tasks.items():
+        options = request.source_options if name in request.sources else request.target_options
+        encode(task.splits, tokenizer, options)
+        length = len(tokenizer(task.description)["input_ids"])
+        if length > limit:
+            raise ValueError(
+                f"the description of {name!r} has {length} tokens: a prompt may have at most "
+                f"{limit}, the positions of this model"
+            )
+    # Builds the config once, so that a bad choice is found now.
+    PemtConfig(
+        sources=request.sources, source_kind=request.source_kind, source_rank=request.source_rank,
+        target_reduction=request.target_reduction, aux_weight=request.aux_weight,
+    )  # fmt: skip
+
+
+def run_training(
+    request: TrainRequest,
+    directory: str | os.PathLike[str],
+    *,
+    report: Callable[[str], object] = lambda line: None,
+) -> dict:
+    """Train what is not trained yet; write `summary.json` and `summary.md`.
+
+    Args:
+        request: What to train.
+        directory: Runs go to `sources/<task>`, `targets/<task>` and `single/<task>` below it.
+        report: Called with a line per run.
+    """
+    folder = Path(directory)
+    names = [get_task(n).name for n in (*request.sources, *request.targets)]
+    if not request.sources:
+        raise ValueError("sources must name at least one task, got none")
+    make, tokenizer = load_backbone(request.model)
+    sources = {
+        n: load_task(n, request, few_shot=None, limit_train=request.limit_train)
+        for n in names[: len(request.sources)]
+    }
+    targets = {
+        n: load_task(n, request, few_shot=request.few_shot, limit_train=None)
+        for n in names[len(request.sources) :]
+    }
+    _check(request, sources | targets, tokenizer, make())
+    backbone = Backbone(make, tokenizer, request.model)
+    summary: dict = {"sources": {}, "targets": {}}
+    for name, task in sources.items():
+        report(f"stage 1: {name}, {len(task.splits.train)} examples")
+        summary["sources"][name] = train_source(
+            backbone, task, request.source_options, folder / "sources" / name,
+            rank=request.source_rank, kind=request.source_kind, published=request.published,
+        )  # fmt: skip
+    for name, task in targets.items():
+        report(f"stage 2: {name}, {len(task.splits.train)} examples")
+        summary["targets"][name] = _adapt(request, backbone, task, folder, list(sources))
+    summary["environment"] = environment()
+    write_json(folder / "summary.json", summary)
+    text = markdown(summary)
+    replace_file(folder / "summary.md", lambda path: path.write_text(text))
+    return summary
+
+
+def _adapt(
+    request: TrainRequest, backbone: Backbone, task: TaskData, folder: Path, sources: Sequence[str]
+) -> dict:
+    options = request.target_options
+    pemt = train_target(
+        backbone, task, [folder / "sources" / s for s in sources], options,
+        folder / "targets" / task.name, kind=request.source_kind,
+        target_reduction=request.target_reduction, aux_weight=request.aux_weight,
+        published=request.published,
+    )  # fmt: skip
+    scores = {"PEMT": {**pemt["test"], "seconds": pemt["seconds"]}}
+    if request.baseline:
+        single = train_single(
+            backbone, task, options, folder / "single" / task.name, rank=request.source_rank
+        )
+        scores["single adapter"] = {**single["test"], "seconds": single["seconds"]}
+        scores["untouched model"] = score_untouched(backbone, task, options)
+    return {
+        "examples": len(task.splits.train),
+        "tested": len(task.splits.test),
+        "scores": scores,
+        "gate": pemt["gate"],
+        "gates": pemt["gates"],
+    }
+
+
+def markdown(summary: dict) -> str:
+    """The summary as Markdown tables."""
+    lines = ["| source | train | test | score, % | seconds |", "|---|---|---|---|---|"]
+    for name, r in summary["sources"].items():
+        e = r["examples"]
+        score, seconds = r["test"]["average"], r["seconds"]
+        lines.append(f"| {name} | {e['train']} | {e['test']} | {score:.1f} | {seconds:.0f} |")
+    for name, target in summary["targets"].items():
+        lines += ["", f"Target `{name}`: {target['examples']} examples, {target['tested']} tested."]
+        lines += ["", "| method | score, % | seconds |", "|---|---|---|"]
+        for method, r in target["scores"].items():
+            seconds = f"{r['seconds']:.0f}" if "seconds" in r else "–"
+            lines.append(f"| {method} | {r['average']:.1f} | {seconds} |")
+        lines += ["", "| layer | " + " | ".join(target["gate"]) + " |"]
+        lines.append("|---" * (len(target["gate"]) + 1) + "|")
+        rows = {**target["gates"], "mean": list(target["gate"].values())}
+        for layer, weights in rows.items():
+            lines.append(f"| {layer} | " + " | ".join(f"{w:.2f}" for w in weights) + " |")
+    environment = ", ".join(f"{k} {v}" for k, v in summary["environment"].items() if v)
+    return "\n".join([*lines, "", f"_{environment}_", ""])
+
+
+def evaluate_adapters(
+    model: str,
+    adapters: str | os.PathLike[str],
+    task_name: str,
+    data_dir: str | Path | None,
+    *,
+    limit: int | None = None,
+    batch_size: int = 64,
+    max_source_length: int = 256,
+) -> dict[str, float]:
+    """Scores of saved adapters on the test part of a task."""
+    task = get_task(task_name)
+    make, tokenizer = load_backbone(model)
+    splits: Splits = load_splits(task, data_dir, limit_eval=limit)
+    rows = tokenize(splits.test, tokenizer, max_source_length=max_source_length)
+    adapted = load(make(), adapters)
+    texts = predict(
+        adapted, tokenizer, rows, batch_size=batch_size, max_length=generation_length([rows])
+    )
+    return compute(task.metrics, texts, list(splits.test))
