@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pemt_fast.ops import autograd as _registration  # noqa: F401  (registers the operator)
+from pemt_fast.ops.autograd import autocast_dtype, without_autocast
 from pemt_fast.ops.dispatch import resolve_impl
 from pemt_fast.ops.reference import adapter_mixture_reference
 from pemt_fast.ops.validation import check_adapter_mixture
@@ -126,13 +126,14 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     rank_list = check_adapter_mixture(x, gate, w_down, w_up, b_down, b_up, base, activation, ranks)
     impl = resolve_impl(impl, x.device)
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and x.dtype != torch.float64:
+        x = x.to(dtype)
     if impl == "reference":
-        return adapter_mixture_reference(
-            x, gate, w_down, w_up, b_down, b_up, base, rank_list, activation
-        )
+        with without_autocast(x.device.type):
+            return adapter_mixture_reference(
+                x, gate, w_down, w_up, b_down, b_up, base, rank_list, activation
+            )
     return torch.ops.pemt_fast.adapter_mixture(
         x, gate, w_down, w_up, b_down, b_up, base,
         rank_list, activation, impl, recompute, with_hidden,

@@ -13,6 +13,7 @@ Gradients arrive in the dtype of their input and are accumulated in float32 by t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +50,23 @@ def _pack(
     )
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of the autocast region around the call, None outside of one."""
+    # Asking a device type without autocast, such as meta, raises.
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """A block whose matmuls are not autocast once more: the caller has cast `x`."""
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def _forward(
     x: Tensor,
     gate: Tensor,
@@ -65,16 +83,17 @@ def _forward(
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead, h = x.shape[:-1], w_up.shape[-1]
-    out, hidden, saved = backend(impl).forward(
-        x.reshape(-1, x.shape[-1]),
-        gate.reshape(-1, gate.shape[-1]),
-        _pack(w_down, w_up, b_down, b_up, x.dtype),
-        None if base is None else base.reshape(-1, h),
-        tuple(ranks),
-        activation,
-        save,
-        with_hidden,
-    )
+    with without_autocast(x.device.type):
+        out, hidden, saved = backend(impl).forward(
+            x.reshape(-1, x.shape[-1]),
+            gate.reshape(-1, gate.shape[-1]),
+            _pack(w_down, w_up, b_down, b_up, x.dtype),
+            None if base is None else base.reshape(-1, h),
+            tuple(ranks),
+            activation,
+            save,
+            with_hidden,
+        )
     none = x.new_empty(0)
     return (
         out.view(*lead, h),
@@ -125,17 +144,18 @@ def _backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     lead, dtype, d_out = _gradient_layout(grad_out, grad_hidden, w_up)
-    grads = backend(impl).backward(
-        d_out.reshape(-1, w_up.shape[-1]),
-        None if grad_hidden is None else grad_hidden.reshape(-1, sum(ranks)).to(dtype),
-        None if x is None else x.reshape(-1, x.shape[-1]),
-        gate.reshape(-1, gate.shape[-1]),
-        _pack(w_down, w_up, b_down, b_up, dtype),
-        None if saved is None else saved.reshape(-1, sum(ranks)),
-        tuple(ranks),
-        activation,
-        tuple(needs),
-    )
+    with without_autocast(d_out.device.type):
+        grads = backend(impl).backward(
+            d_out.reshape(-1, w_up.shape[-1]),
+            None if grad_hidden is None else grad_hidden.reshape(-1, sum(ranks)).to(dtype),
+            None if x is None else x.reshape(-1, x.shape[-1]),
+            gate.reshape(-1, gate.shape[-1]),
+            _pack(w_down, w_up, b_down, b_up, dtype),
+            None if saved is None else saved.reshape(-1, sum(ranks)),
+            tuple(ranks),
+            activation,
+            tuple(needs),
+        )
     inputs = (gate, w_down, w_up, b_down, b_up)
     shapes = [(*lead, w_down.shape[-1]), *(None if t is None else t.shape for t in inputs)]
     dtypes = [dtype, *(None if t is None else t.dtype for t in inputs)]

@@ -59,10 +59,8 @@ def adapter_mixture_reference(
         b_down_R = None if bias_N is None else bias_N[rows]
         b_up_H = None if b_up is None else b_up[e].to(dtype)
         gate_T1 = gate_TE[:, e : e + 1]
-        if _all_finite(w_down_RD, w_up_RH, b_down_R, b_up_H):
-            h_TR, y_TH = _adapter(x_TD, w_down_RD, w_up_RH, b_down_R, b_up_H, activation)
-            y_TH = torch.where((gate_T1 == 0) & ~torch.isfinite(y_TH), 0.0, y_TH)
-        else:
+        h_TR, y_TH = _adapter(x_TD, w_down_RD, w_up_RH, b_down_R, b_up_H, activation)
+        if not _all_finite(w_down_RD, w_up_RH, b_down_R, b_up_H, h_TR, y_TH):
             # Zero times NaN is NaN, in the gradient too: only tokens that use this adapter meet it.
             used = gate_T1.squeeze(1).nonzero().squeeze(1)
             h_uR, y_uH = _adapter(x_TD[used], w_down_RD, w_up_RH, b_down_R, b_up_H, activation)

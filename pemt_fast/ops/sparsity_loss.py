@@ -60,14 +60,15 @@ def task_sparsity_loss(
     z_norm = torch.linalg.vector_norm(z_th, dim=1, keepdim=True, dtype=dtype)
     m_norm = squared_norm.clamp_min(COSINE_EPS**2).sqrt()
     cosine = dot / (z_norm.clamp_min(COSINE_EPS) * m_norm)  # [T, E]
-    if mask is None:
-        mean_cosine = cosine.mean(0)
-    else:
+    # With no token to average over there is no disagreement to penalise.
+    agreement = torch.ones(e_count, dtype=dtype, device=z.device)
+    if mask is not None:
         weight = mask.reshape(-1, 1).to(dtype)
         count = weight.sum()
         mean_cosine = (cosine * weight).sum(0) / count.clamp_min(1)
-        # With no token to average over there is no disagreement to penalise.
-        mean_cosine = torch.where(count > 0, mean_cosine, torch.ones_like(mean_cosine))
+        mean_cosine = torch.where(count > 0, mean_cosine, agreement)
+    else:
+        mean_cosine = cosine.mean(0) if cosine.shape[0] else agreement
     share = gate.reshape(-1, e_count).to(dtype).mean(0)
     return (share * (1 - mean_cosine)).sum()
 

@@ -20,6 +20,9 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
+# BLAS sums a float32 mat-vec in one long chain; in this many parts it is as exact as a matmul.
+ROW_PARTS = 8
+
 # Below this many tokens copying the used adapters out of the stack costs more than it saves.
 MIN_TOKENS_TO_COMPACT = 16
 
@@ -180,6 +183,21 @@ def _pre_activation(x: Tensor, weights: Weights) -> Tensor:
     return torch.addmm(weights.b_down, x, weights.w_down.t())
 
 
+def _matmul(rows: Tensor, weight: Tensor, base: Tensor | None = None) -> Tensor:
+    """`base + rows·weight` for `rows [T, K]`, `weight [K, ·]`, accumulated in float32 or better."""
+    k = rows.shape[1]
+    if rows.shape[0] != 1 or rows.dtype != torch.float32 or k < 8 * ROW_PARTS:
+        return torch.mm(rows, weight) if base is None else torch.addmm(base, rows, weight)
+    main = k // ROW_PARTS * ROW_PARTS
+    parts = torch.bmm(
+        rows[:, :main].view(ROW_PARTS, 1, -1), weight[:main].unflatten(0, (ROW_PARTS, -1))
+    )
+    out = parts.sum(0)
+    if main < k:
+        out = torch.addmm(out, rows[:, main:], weight[main:])
+    return out if base is None else out.add_(base)
+
+
 def _gate_dtype(x_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if x_dtype == torch.float64 else torch.float32
 
@@ -229,10 +247,7 @@ def forward(
         bias = torch.mm(bias_gate, weights.b_up.to(gate.dtype))  # [G, H]
         bias = _per_token(bias, tokens)
         base = (bias if base is None else base + bias).to(x.dtype)
-    if base is None:
-        out = torch.mm(gated, weights.w_up)
-    else:
-        out = torch.addmm(base.to(x.dtype), gated, weights.w_up)
+    out = _matmul(gated, weights.w_up, None if base is None else base.to(x.dtype))
     saved = None if not save else z if keeps_pre_activation(activation) else hidden
     return out, hidden if with_hidden else None, saved
 
@@ -272,7 +287,10 @@ def backward(
             if grad_hidden is not None:
                 d_h = d_h + grad_hidden
             d_z = activate_backward(d_h, saved, activation)
-            d_x = torch.mm(d_z, weights.w_down) if needs_x else None
+            if unused is not None:
+                # The derivative of an overflowed unit is NaN; a zero gate must stop that too.
+                d_z = d_z.masked_fill(d_h == 0, 0)
+            d_x = _matmul(d_z, weights.w_down) if needs_x else None
             d_w_down = torch.mm(d_z.t(), x) if needs_w_down and x is not None else None
             d_b_down = d_z.sum(0, dtype=gate.dtype) if needs_b_down else None
     if needs_w_up:
@@ -284,6 +302,9 @@ def backward(
             d_gate = d_gate + d_out @ weights.b_up.to(gate.dtype).t()
         if needs_b_up:
             d_b_up = gate.t() @ d_out
+    if d_gate is not None and unused is not None:
+        # A NaN that `_quarantine` put here stands for an adapter whose output is not finite.
+        d_gate = torch.where(gate.isnan(), gate, d_gate)
     return Gradients(d_x, d_gate, d_w_down, d_w_up, d_b_down, d_b_up)
 
 

@@ -199,7 +199,7 @@ def fit(
 
 
 def finish(directory: str | os.PathLike[str], results: dict) -> dict:
-    """Mark a run as finished: write its results, then drop the checkpoints. Returns what is read."""
+    """Mark a run as finished: write its results, drop the checkpoints, return what was written."""
     path = Path(directory) / RESULTS_FILE
     write_json(path, results)
     shutil.rmtree(Path(directory) / CHECKPOINTS, ignore_errors=True)

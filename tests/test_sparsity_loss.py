@@ -1,0 +1,163 @@
+"""`task_sparsity_loss` against the published form, which builds every adapter's output."""
+
+import pytest
+import torch
+
+from pemt_fast.ops import task_sparsity_loss
+from pemt_fast.testing import LargestTensor
+
+B, S, E, H = 3, 5, 4, 11
+
+
+def published(z, gate, hidden, w_up, b_up=None, *, residual=None, mask=None, ranks):
+    """`Σ_e mean_b(gate) · (1 − mean_t cos(z, m_e))` with `m [B, S, E, H]` written out."""
+    m = torch.stack(
+        [h @ w for h, w in zip(hidden.split(ranks, -1), w_up.split(ranks), strict=True)], dim=-2
+    )
+    if b_up is not None:
+        m = m + b_up
+    if residual is not None:
+        m = m + residual.unsqueeze(-2)
+    cosine = torch.nn.functional.cosine_similarity(z.unsqueeze(-2), m, dim=-1)  # [B, S, E]
+    tokens = cosine.flatten(0, 1) if mask is None else cosine[mask]
+    return (gate.mean(0) * (1 - tokens.mean(0))).sum()
+
+
+def arguments(ranks=(3, 3, 3, 3), *, b_up=False, residual=False, mask=False, dtype=torch.float64):
+    def leaf(*shape, scale=1.0):
+        return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+
+    tokens = (B, S)
+    return {
+        "z": leaf(*tokens, H),
+        "gate": torch.randn(B, E, dtype=torch.float64).softmax(-1).to(dtype).requires_grad_(),
+        "hidden": leaf(*tokens, sum(ranks)),
+        "w_up": leaf(sum(ranks), H, scale=3**-0.5),
+        "b_up": leaf(E, H) if b_up else None,
+        "residual": leaf(*tokens, H) if residual else None,
+        "mask": torch.arange(S) < torch.tensor([[5], [2], [3]]) if mask else None,
+        "ranks": ranks,
+    }
+
+
+def run(function, keywords):
+    loss = function(**keywords)
+    leaves = {
+        name: tensor
+        for name, tensor in keywords.items()
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad
+    }
+    grads = torch.autograd.grad(loss, tuple(leaves.values()))
+    return {"loss": loss.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+@pytest.mark.parametrize("ranks", [(3, 3, 3, 3), (1, 4, 2, 5)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("mask", [False, True], ids=["all-tokens", "mask"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("b_up", [False, True], ids=["", "bias"])
+def test_equals_the_published_form(b_up, residual, mask, ranks):
+    keywords = arguments(ranks, b_up=b_up, residual=residual, mask=mask)
+    actual, expected = run(task_sparsity_loss, keywords), run(published, keywords)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [(3, 3, 3, 3), (1, 4, 2, 5)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("extras", [False, True], ids=["bare", "bias-residual-mask"])
+def test_float32(extras, ranks):
+    keywords = arguments(ranks, b_up=extras, residual=extras, mask=extras, dtype=torch.float32)
+    double = {
+        name: value.detach().double().requires_grad_()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in keywords.items()
+    }
+    actual, expected = run(task_sparsity_loss, keywords), run(published, double)
+    assert actual["loss"].dtype == torch.float32
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name].double(), value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual["loss"].double(), expected["loss"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_low_precision_returns_float32(dtype):
+    keywords = arguments(b_up=True, residual=True, dtype=dtype)
+    loss = task_sparsity_loss(**keywords)
+    assert loss.dtype == torch.float32
+    # A cosine is a sum of products that were rounded once each.
+    expected = published(
+        **{k: v.double() if torch.is_tensor(v) else v for k, v in keywords.items()}
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_the_mask_excludes_padding():
+    keywords = arguments(b_up=True, residual=True, mask=True)
+    expected = run(task_sparsity_loss, keywords)
+    padding = ~keywords["mask"]
+    for name in ("z", "hidden", "residual"):
+        changed = keywords[name].detach().clone()
+        changed[padding] = 100 * torch.randn_like(changed[padding])
+        keywords[name] = changed.requires_grad_()
+    actual = run(task_sparsity_loss, keywords)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    assert not actual["z"][padding].any()
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["bare", "bias-residual"])
+def test_all_masked_is_zero_with_zero_gradients(extras):
+    keywords = arguments(b_up=extras, residual=extras)
+    keywords["mask"] = torch.zeros(B, S, dtype=torch.bool)
+    for name, value in run(task_sparsity_loss, keywords).items():
+        assert not value.any(), name
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["no-mask", "mask"])
+def test_no_tokens_is_zero(mask):
+    keywords = arguments()
+    for name in ("z", "hidden"):
+        keywords[name] = keywords[name][:, :0]
+    keywords["mask"] = torch.zeros(B, 0, dtype=torch.bool) if mask else None
+    assert task_sparsity_loss(**keywords) == 0
+
+
+@pytest.mark.parametrize("name", ["z", "hidden", "w_up"])
+def test_zero_vectors_have_finite_gradients(name):
+    keywords = arguments()
+    keywords[name] = torch.zeros_like(keywords[name]).requires_grad_()
+    actual = run(task_sparsity_loss, keywords)
+    assert all(bool(value.isfinite().all()) for value in actual.values())
+    torch.testing.assert_close(actual["loss"], published(**keywords).detach())
+
+
+def test_adapters_that_agree_cost_nothing():
+    keywords = arguments()
+    shared = torch.randn(3, H, dtype=torch.float64)
+    keywords["w_up"] = shared.repeat(E, 1)
+    keywords["hidden"] = torch.randn(B, S, 3, dtype=torch.float64).repeat(1, 1, E)
+    keywords["z"] = 7 * keywords["hidden"][..., :3] @ shared
+    loss = task_sparsity_loss(**keywords)
+    torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [(2,) * 32, (1, 3) * 16], ids=["equal", "unequal"])
+@pytest.mark.parametrize("extras", [False, True], ids=["bare", "bias-residual"])
+def test_no_adapter_output_is_built(extras, ranks):
+    batch, tokens, width, experts = 2, 16, 48, len(ranks)
+
+    def leaf(*shape):
+        return torch.randn(*shape, requires_grad=True)
+
+    keywords = {
+        "z": leaf(batch, tokens, width),
+        "gate": leaf(batch, experts),
+        "hidden": leaf(batch, tokens, sum(ranks)),
+        "w_up": leaf(sum(ranks), width),
+        "b_up": leaf(experts, width) if extras else None,
+        "residual": leaf(batch, tokens, width) if extras else None,
+        "ranks": ranks,
+    }
+    with LargestTensor() as largest:
+        run(task_sparsity_loss, keywords)
+    # The largest are w_up [N, H] and its like.
+    assert largest.elements <= sum(ranks) * width
+    assert largest.elements < batch * tokens * experts * width / 10
