@@ -21,7 +21,7 @@ PACKAGE = "pemt_fast"
 # What each part may import; it may also import whatever those parts may.
 ARROWS = {
     "cli": {"training"},
-    "training": {"interop", "data", "testing", "timing"},
+    "training": {"interop", "data", "testing", "timing", "version"},
     "interop": {"methods"},
     "methods": {"data", "model"},
     "model": {"t5", "checkpoint"},
@@ -31,6 +31,7 @@ ARROWS = {
     "nn": {"ops"},
     "testing": {"ops"},
     "timing": set(),
+    "version": set(),
     "ops": {"kernels"},
     "kernels": set(),
 }

@@ -23,7 +23,6 @@ import torch
 import transformers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-import pemt_fast
 from pemt_fast.checkpoint import replace_file
 from pemt_fast.data import Splits, tokenize
 from pemt_fast.data.template import Example
@@ -32,6 +31,7 @@ from pemt_fast.t5 import T5Model
 from pemt_fast.training.metrics import compute
 from pemt_fast.training.options import TrainOptions
 from pemt_fast.training.trainer import AdapterTrainer, last_complete_checkpoint
+from pemt_fast.version import __version__
 
 logger = logging.getLogger("pemt_fast")
 
@@ -55,7 +55,7 @@ def read_results(directory: str | os.PathLike[str]) -> dict | None:
 def environment() -> dict[str, object]:
     """What a reader needs to know about the machine and the versions."""
     return {
-        "pemt_fast": pemt_fast.__version__,
+        "pemt_fast": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

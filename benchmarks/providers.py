@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who computes it: the baselines, this library, and the bare matmuls as a bound.
+
+Every provider but the bound takes what `adapter_mixture` takes. The baselines are written here from
+torch alone, so that no change of the library can move them. Checked before they are timed:
+`checking.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from cases import FORWARD, TRAINABLE
+from records import OURS_PREFIX
+from torch import Tensor
+
+from pemt_fast import adapter_mixture
+from pemt_fast.ops.dispatch import AUTO_TABLE, IMPLS, unavailable_reasons
+from pemt_fast.testing import MixtureInputs, adapter_mixture_loop
+
+Mixture = Callable[..., Tensor]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+def published(
+    x: Tensor,
+    gate: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    activation: str,
+    base: Tensor | None = None,
+    ranks: Sequence[int] | None = None,
+) -> Tensor:
+    """PEMT's published formulation: outputs of all experts stacked, then a matmul with the gate."""
+    outputs = []
+    for e in range(gate.shape[-1]):
+        z = F.linear(x, w_down[e], None if b_down is None else b_down[e])
+        up_bias = None if b_up is None else b_up[e]
+        outputs.append(F.linear(_ACTIVATIONS[activation](z), w_up[e].t(), up_bias))
+    rows = gate if gate.dim() == x.dim() else gate.unsqueeze(1)  # [B, S or 1, E]
+    mixed = torch.matmul(torch.stack(outputs, -1), rows.unsqueeze(-1)).squeeze(-1)  # [B, S, H]
+    return mixed if base is None else base + mixed
+
+
+def stacked(
+    x: Tensor,
+    gate: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    activation: str,
+    base: Tensor | None = None,
+    ranks: Sequence[int] | None = None,
+) -> Tensor:
+    """The best plain torch form we know, under autograd: one MLP of width N, scaled by the gate."""
+    e_count, r, d = w_down.shape
+    n, h = e_count * r, w_up.shape[-1]
+    z = F.linear(x, w_down.view(n, d), None if b_down is None else b_down.view(n))
+    rows = gate if gate.dim() == x.dim() else gate.unsqueeze(1)  # [B, S or 1, E]
+    hidden = _ACTIVATIONS[activation](z).view(*x.shape[:-1], e_count, r)
+    gated = (hidden * rows.unsqueeze(-1)).view(-1, n)  # [T, N]
+    if b_up is not None:
+        bias = rows @ b_up
+        base = bias.expand(*x.shape[:-1], h) if base is None else base + bias
+    if base is None:
+        return torch.mm(gated, w_up.view(n, h)).view(*x.shape[:-1], h)
+    return torch.addmm(base.reshape(-1, h), gated, w_up.view(n, h)).view(*x.shape[:-1], h)
+
+
+def compile_stacked() -> Mixture:
+    """`torch.compile` of `stacked`, specialised to the shape."""
+    return torch.compile(stacked, dynamic=False, fullgraph=True)
+
+
+def compiler_missing(device: torch.device) -> str | None:
+    """Why `torch.compile` cannot work, None if nothing speaks against it."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    if any(name and shutil.which(name) for name in compilers):
+        return None
+    return "no C++ compiler was found: set CXX or install g++"
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """`build()` gives the function to call; `missing(device)` the reason why it cannot run.
+
+    `exempt` from the error budget is what we do not write but replace; its formula is checked in
+    float64 instead.
+    """
+
+    name: str
+    build: Callable[[], Mixture]
+    missing: Callable[[torch.device], str | None] = lambda device: None
+    exempt: bool = False
+
+
+def _ours(impl: str) -> Provider:
+    return Provider(
+        OURS_PREFIX + impl,
+        lambda: functools.partial(adapter_mixture, impl=impl),
+        lambda device: "; ".join(unavailable_reasons(impl, device)) or None,
+    )
+
+
+BASELINES = (
+    # NOTE: its gate gradient, a matrix-vector product over H, can round worse than the budget.
+    Provider("published", lambda: published, exempt=True),
+    Provider("loop", lambda: adapter_mixture_loop),
+    Provider("stacked", lambda: stacked),
+    Provider("compiled", compile_stacked, compiler_missing),
+)
+# Whatever `dispatch.py` calls available on the device is measured.
+PROVIDERS = (*BASELINES, *(_ours(impl) for impl in IMPLS if impl not in ("auto", "reference")))
+BOUND = "matmuls"
+
+
+def preferred(device: str) -> str:
+    """The provider that `impl="auto"` means on this device."""
+    return OURS_PREFIX + AUTO_TABLE[device]
+
+
+def bare_matmuls(inputs: MixtureInputs, mode: str) -> Callable[[], object]:
+    """Only the matmuls of the mode: no gate, activation, bias or base, and no autograd."""
+    n = inputs.w_down.shape[0] * inputs.w_down.shape[1]
+    x, d_out = (t.reshape(-1, t.shape[-1]) for t in (inputs.x, inputs.grad_out))
+    w_down, w_up = inputs.w_down.view(n, -1), inputs.w_up.view(n, -1)
+
+    def run() -> list[Tensor]:
+        hidden = torch.mm(x, w_down.t())
+        results = [torch.mm(hidden, w_up)]
+        if mode != FORWARD:
+            d_hidden = torch.mm(d_out, w_up.t())
+            results.append(torch.mm(d_hidden, w_down))
+        if mode == TRAINABLE:
+            results += [torch.mm(d_hidden.t(), x), torch.mm(hidden.t(), d_out)]
+        return results
+
+    return run
+
+
+def step(inputs: MixtureInputs, function: Mixture) -> Callable[[], object]:
+    """One call: the output, and the gradients of whatever requires grad."""
+    leaves = tuple(t for t in inputs.tensors().values() if t.requires_grad)
+    arguments = (inputs.x, inputs.gate, inputs.w_down, inputs.w_up, inputs.b_down, inputs.b_up)
+    run = functools.partial(function, *arguments, activation=inputs.activation, base=inputs.base)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return run()
+
+    def forward_backward() -> object:
+        return torch.autograd.grad(run(), leaves, inputs.grad_out)
+
+    return forward_backward if leaves else forward

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind: rows that know their machine and commit, as JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import json
+import math
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+import pemt_fast
+
+BENCHMARKS = Path(__file__).parent
+RESULTS = BENCHMARKS / "results"
+BASELINES = ("published", "loop", "stacked", "compiled")
+HEAT_MAP_BASELINES = ("published", "stacked")
+OURS_PREFIX = "ours-"
+
+
+@dataclasses.dataclass
+class Row:
+    """One provider in one cell. `error` is set, and the numbers are not, where it was refused."""
+
+    case: str
+    group: str
+    dtype: str
+    mode: str
+    provider: str
+    B: int
+    S: int
+    T: int
+    N: int
+    E: int
+    R: int
+    D: int
+    H: int
+    gate: str
+    activation: str
+    error: str | None = None
+    rounds: int = 0
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    min_ms: float | None = None
+    tflop_s: float | None = None
+    bandwidth_gb_s: float | None = None
+    share_of_matmuls: float | None = None
+    peak_memory_mib: float | None = None
+    first_call_s: float | None = None
+    speedup: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def cell(self) -> tuple[str, str, str]:
+        """What the providers of one cell have in common."""
+        return self.case, self.dtype, self.mode
+
+    def loses_to(self, baseline: str) -> bool:
+        """Whether this is ours and, to the two digits shown, slower than the baseline."""
+        ours = self.provider.startswith(OURS_PREFIX)
+        return ours and baseline in self.speedup and round(self.speedup[baseline], 2) < 1
+
+    def set_times(self, seconds: list[float]) -> None:
+        """Median, spread and minimum."""
+        cuts = statistics.quantiles(seconds, n=5, method="inclusive") if seconds[1:] else None
+        self.rounds = len(seconds)
+        self.median_ms = 1e3 * statistics.median(seconds)
+        self.p20_ms, self.p80_ms = (1e3 * cuts[0], 1e3 * cuts[3]) if cuts else (None, None)
+        self.min_ms = 1e3 * min(seconds)
+
+
+@dataclasses.dataclass
+class Result:
+    """One run on one device."""
+
+    device: str
+    environment: dict[str, object]
+    partial: bool
+    preferred: str
+    skipped: dict[str, str]
+    rows: list[Row]
+
+    @property
+    def name(self) -> str:
+        """Of the files, without suffix."""
+        date, commit = str(self.environment["date"])[:10], self.environment["commit"] or "nogit"
+        dirty = "-dirty" if self.environment["dirty"] else ""
+        return f"{self.device}-{date}-{commit}{dirty}{'-partial' if self.partial else ''}"
+
+    def cells(self) -> list[list[Row]]:
+        """The rows of each cell, in the order of measurement."""
+        found: dict[tuple[str, str, str], list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.cell, []).append(row)
+        return list(found.values())
+
+    def save(self, folder: Path) -> Path:
+        """Write `<name>.json` and `<name>.csv`; returns the first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.json"
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        with path.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(_flat(self, self.rows[0])))
+            writer.writeheader()
+            writer.writerows(_flat(self, row) for row in self.rows)
+        return path
+
+
+def _flat(result: Result, row: Row) -> dict[str, object]:
+    values = dataclasses.asdict(row)
+    ratios = values.pop("speedup")
+    stamp = {key: result.environment[key] for key in ("date", "commit", "cpu", "gpu", "torch")}
+    return {"device": result.device} | values | {f"x_{b}": ratios.get(b) for b in BASELINES} | stamp
+
+
+def load(path: Path) -> Result:
+    """The inverse of `Result.save`."""
+    values = json.loads(path.read_text())
+    return Result(**{**values, "rows": [Row(**row) for row in values["rows"]]})
+
+
+def newest(folder: Path) -> dict[str, Result]:
+    """The latest complete result of each device, by device."""
+    found: dict[str, Result] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = load(path)
+        if result.partial:
+            continue
+        known = found.get(result.device)
+        if known is None or str(known.environment["date"]) < str(result.environment["date"]):
+            found[result.device] = result
+    return dict(sorted(found.items()))
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """NaN without values."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+@dataclasses.dataclass
+class Summary:
+    """One provider of ours against one baseline over all cells of a dtype and mode."""
+
+    dtype: str
+    mode: str
+    provider: str
+    baseline: str
+    cells: int
+    mean: float
+    worst: float
+    best: float
+    lost: int
+
+
+def summaries(
+    result: Result, keep: Callable[[Row], bool] = lambda row: row.group != "host"
+) -> list[Summary]:
+    """Geometric means of the ratios, for the rows `keep` accepts."""
+    pools: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in result.rows:
+        if row.provider.startswith(OURS_PREFIX) and keep(row):
+            for baseline in row.speedup:
+                key = (row.dtype, row.mode, row.provider, baseline)
+                pools.setdefault(key, []).append(row)
+    found = []
+    for (dtype, mode, provider, baseline), rows in pools.items():
+        ratios = [row.speedup[baseline] for row in rows]
+        found.append(
+            Summary(
+                dtype,
+                mode,
+                provider,
+                baseline,
+                len(rows),
+                geometric_mean(ratios),
+                min(ratios),
+                max(ratios),
+                sum(row.loses_to(baseline) for row in rows),
+            )  # fmt: skip
+        )
+    return found
+
+
+def environment(threads: int) -> dict[str, object]:
+    """Machine, versions, commit and date."""
+    gpu = torch.cuda.is_available()
+    commit = _git("rev-parse", "--short=8", "HEAD")
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": bool(commit and _git("status", "--porcelain", "--", *_SOURCES)),
+        "cpu": _cpu_model(),
+        "threads": threads,
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "pemt_fast": pemt_fast.__version__,
+    }
+
+
+# What a change of may change the numbers.
+_SOURCES = ("pemt_fast", "kernels", "csrc", "setup.py", "benchmarks/*.py")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=BENCHMARKS.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn the newest complete result of each device into tables and plots; no number is typed by hand.
+
+    python benchmarks/report.py [--check]
+
+Writes `results/README.md` and its plots, and the short table between the two `benchmark` markers of
+the repository's README. `--check` writes nothing and exits 1 if one of the two texts is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from records import BENCHMARKS, HEAT_MAP_BASELINES, RESULTS, Result, newest
+from tables import (
+    COLUMNS,
+    LOST,
+    SUMMARY_COLUMNS,
+    cell_title,
+    host_table,
+    machine,
+    markdown,
+    row_cells,
+    summary_cells,
+)
+
+README = BENCHMARKS.parent / "README.md"
+OPEN, CLOSE = "<!-- benchmark -->", "<!-- /benchmark -->"
+READING = (
+    f"Geometric mean of the ratios, in brackets the range over the cells, and how many of them are "
+    f"slower than the baseline ({LOST}). Above 1 is faster."
+)
+
+
+def block(results: dict[str, Result], link: str = "benchmarks/results/README.md") -> str:
+    """The short table for the repository's README, without the markers."""
+    parts = []
+    for result in results.values():
+        table = markdown(SUMMARY_COLUMNS, summary_cells(result), text_columns=3)
+        parts.append(f"`{result.device}`: {machine(result)}\n\n{table}")
+    tables = "\n\n".join(parts)
+    return f"{tables}\n\n{READING} [All cells, with plots]({link})."
+
+
+def long_report(results: dict[str, Result], plots: dict[str, list[str]]) -> str:
+    """`results/README.md`."""
+    parts = [
+        "# Results",
+        "Written by `make report` from the newest complete run of each device; what the columns "
+        "mean is in [../README.md](../README.md).",
+    ]
+    for result in results.values():
+        parts += [f"## {result.device}", machine(result), "### Geometric means", READING]
+        parts.append(markdown(SUMMARY_COLUMNS, summary_cells(result), text_columns=3))
+        parts += [f"![{Path(name).stem}]({name})" for name in plots.get(result.device, [])]
+        parts += _host(result)
+        parts.append("### Every cell")
+        for rows in result.cells():
+            if rows[0].group != "host":
+                parts.append(f"**{cell_title(rows[0])}**")
+                parts.append(markdown(COLUMNS, [row_cells(row) for row in rows]))
+        if result.skipped:
+            parts.append("### Not measured")
+            reasons = (f"* `{name}`: {reason}" for name, reason in result.skipped.items())
+            parts.append("\n".join(reasons))
+    return "\n\n".join(parts) + "\n"
+
+
+def _host(result: Result) -> list[str]:
+    columns, rows = host_table(result)
+    return ["### Host time of a call with next to no work", markdown(columns, rows)] if rows else []
+
+
+def plot_names(result: Result) -> list[str]:
+    """The pictures that `plots.plot` writes for this result, without drawing them."""
+    grid = any(row.group == "grid" and row.provider == result.preferred for row in result.rows)
+    names = [f"{result.device}-heatmap-{b}.png" for b in HEAT_MAP_BASELINES if grid]
+    pemt = any(row.group == "pemt" for row in result.rows)
+    return [*names, *([f"{result.device}-pemt.png"] if pemt else [])]
+
+
+def with_block(text: str, new: str) -> str | None:
+    """The text with the part between the markers replaced, None if there are no markers."""
+    before, opening, rest = text.partition(OPEN)
+    _, closing, after = rest.partition(CLOSE)
+    if not opening or not closing:
+        return None
+    return f"{before}{OPEN}\n{new}\n{CLOSE}{after}"
+
+
+def stale(results: dict[str, Result], folder: Path, readme: Path) -> list[str]:
+    """What would change if the report were written now."""
+    plots = {device: plot_names(result) for device, result in results.items()}
+    found = []
+    long = folder / "README.md"
+    if not long.is_file() or long.read_text() != long_report(results, plots):
+        found.append(str(long))
+    text = readme.read_text() if readme.is_file() else ""
+    if with_block(text, block(results)) not in (None, text):
+        found.append(f"{readme} between {OPEN} and {CLOSE}")
+    return found
+
+
+def write(results: dict[str, Result], folder: Path, readme: Path) -> list[Path]:
+    """Write tables and plots; returns the files written."""
+    from plots import plot  # matplotlib is slow to import, and --check draws nothing
+
+    written = [path for result in results.values() for path in plot(result, folder)]
+    plots = {device: plot_names(result) for device, result in results.items()}
+    long = folder / "README.md"
+    long.write_text(long_report(results, plots))
+    written.append(long)
+    text = readme.read_text() if readme.is_file() else ""
+    changed = with_block(text, block(results))
+    if changed is None:
+        print(f"{readme} has no markers {OPEN} and {CLOSE}: left as it is")
+    else:
+        readme.write_text(changed)
+        written.append(readme)
+    return written
+
+
+def main() -> int:
+    """Returns the exit status: 1 if `--check` finds something stale."""
+    parser = argparse.ArgumentParser(description="Tables and plots of the benchmark's results.")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    options = parser.parse_args()
+    results = newest(options.results)
+    if not results:
+        print(f"no complete result in {options.results}; `make bench` makes one")
+        return 0 if options.check else 1
+    if options.check:
+        outdated = stale(results, options.results, options.readme)
+        for name in outdated:
+            print(f"stale: {name}; run `make report`")
+        return 1 if outdated else 0
+    for path in write(results, options.results, options.readme):
+        print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

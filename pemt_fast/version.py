@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The version, in a module of its own so that every layer may read it."""
+
+__version__ = "0.1.0"
