@@ -28,8 +28,10 @@ from pemt_fast.t5 import Attachment, T5Model, check_t5
 class MethodConfig(Protocol):
     """What a method's config offers: it attaches itself and survives a trip through JSON."""
 
-    def attach(self, model: T5Model, tokenizer: PreTrainedTokenizerBase | None) -> AdapterModel:
-        """Attach the method to `model`."""
+    def attach(
+        self, model: T5Model, tokenizer: PreTrainedTokenizerBase | None, *, reads_sources: bool
+    ) -> AdapterModel:
+        """Attach the method to `model`, reading what the config names if `reads_sources`."""
         ...
 
     def to_dict(self) -> dict[str, object]:
@@ -68,10 +70,14 @@ def get_model(
         ValueError: something in the config does not fit the model.
         RuntimeError: the model carries adapters already.
     """
+    _check_free(model)
+    return config.attach(model, tokenizer, reads_sources=True)
+
+
+def _check_free(model: T5Model) -> None:
     check_t5(model)
     if getattr(model, "_pemt_fast_attached", False):
         raise RuntimeError("model already carries pemt_fast adapters: unload() it first")
-    return config.attach(model, tokenizer)
 
 
 def load(model: T5Model, directory: str | os.PathLike[str]) -> AdapterModel:
@@ -82,7 +88,8 @@ def load(model: T5Model, directory: str | os.PathLike[str]) -> AdapterModel:
         ValueError: a file is damaged, or does not fit the model; the message names it.
     """
     config, weights = checkpoint.read(directory)
-    adapted = get_model(model, config)
+    _check_free(model)
+    adapted = config.attach(model, None, reads_sources=False)
     try:
         checkpoint.assign(adapted, weights, directory)
     except ValueError:

@@ -49,6 +49,14 @@ def test_round_trip(tmp_path, changes):
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == trains
 
 
+def test_loading_ignores_directories_named_like_a_source(saved, tmp_path, monkeypatch):
+    model, directory = saved
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    loaded = pemt_fast.load(tiny_t5(), directory)
+    assert loaded.adapter_config.sources == model.adapter_config.sources == ("a", "b", "c")
+
+
 def test_only_attached_tensors_are_saved(saved):
     model, directory = saved
     names = load_file(directory / WEIGHTS).keys()

@@ -61,9 +61,10 @@ def attach(
         for site in sites
     ]
 
+    for site, tail in zip(sites, tails, strict=True):
+        tail.to(device=site.feed_forward.wo.weight.device, dtype=dtype)
     attachment = Attachment(model)
     for site, tail in zip(sites, tails, strict=True):
-        tail.to(device=embedding.device, dtype=dtype)
         tail.base = site.feed_forward.wo
         attachment.replace_module(site.feed_forward, "wo", tail)
         if tail.adds_residual:

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from pemt_fast.model import AdapterModel
+    from pemt_fast.t5 import T5Model
 
 SOURCE_KINDS = ("lora", "bottleneck")
 PROMPT_INITS = ("vocabulary", "normal")
@@ -135,11 +135,17 @@ class PemtConfig:
         """`vocabulary` or `normal`."""
         return self.prompt_init or ("normal" if self.published else "vocabulary")
 
-    def attach(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> AdapterModel:
-        """Build PEMT on `model`; called by `get_model`."""
+    def attach(
+        self, model: T5Model, tokenizer: PreTrainedTokenizerBase | None, *, reads_sources: bool
+    ) -> AdapterModel:
+        """Build PEMT on `model`; called by `get_model` and `load`.
+
+        Without `reads_sources` all sources are names, whatever directories exist: `load` has their
+        weights from its own file.
+        """
         from pemt_fast.methods.pemt import attach
 
-        return attach(model, self, tokenizer)
+        return attach(model, self, tokenizer, sources=None if reads_sources else ())
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready values with the method's name."""
