@@ -167,8 +167,8 @@ def real_shape(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("real")
-    texts = ["sentence:", "sentence1:", "sentence2:", "negative", "positive", "entailment",
-             "not_entailment", *WORDS]  # fmt: skip
+    texts = ["sentence:", "sentence1:", "sentence2:", "negative", "positive", "equivalent",
+             "not_equivalent", *WORDS]  # fmt: skip
     vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *texts])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -184,7 +184,7 @@ def real_shape(tmp_path_factory):
             decoder_start_token_id=0,
         )
     ).save_pretrained(folder / "t5")  # fmt: skip
-    for name, columns in (("glue__sst2", ["sentence"]), ("glue__rte", ["sentence1", "sentence2"])):
+    for name, columns in (("glue__sst2", ["sentence"]), ("glue__mrpc", ["sentence1", "sentence2"])):
         (folder / name).mkdir()
         for split, count in (("train", 40), ("validation", 12)):
             rows = [
@@ -209,7 +209,7 @@ def run_cli(*arguments):
 def train_arguments(folder, out, **changes):
     options = {
         "--model": folder / "t5", "--data": folder, "--out": out, "--sources": "sst2",
-        "--target": "rte", "--few-shot": 4, "--source-steps": 3, "--target-steps": 3,
+        "--target": "mrpc", "--few-shot": 4, "--source-steps": 3, "--target-steps": 3,
         "--source-rank": 4, "--batch-size": 4, **changes,
     }  # fmt: skip
     return ["train", *(word for pair in options.items() for word in pair)]
@@ -219,13 +219,17 @@ def test_train_and_evaluate_commands(real_shape, tmp_path, capsys):
     out = tmp_path / "out"
     assert run_cli(*train_arguments(real_shape, out), "--baseline") == 0
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary["targets"]["rte"]["scores"]) == {"PEMT", "single adapter", "untouched model"}
+    assert set(summary["targets"]["mrpc"]["scores"]) == {
+        "PEMT",
+        "single adapter",
+        "untouched model",
+    }
     assert "| PEMT |" in (out / "summary.md").read_text()
-    assert (out / "single" / "rte" / "results.json").is_file()
+    assert (out / "single" / "mrpc" / "results.json").is_file()
     assert "gate weight per source" in capsys.readouterr().out
-    scored = ["--model", real_shape / "t5", "--data", real_shape, "--task", "rte"]
-    assert run_cli("evaluate", "--adapters", out / "targets" / "rte", *scored) == 0
-    expected = summary["targets"]["rte"]["scores"]["PEMT"]["accuracy"]
+    scored = ["--model", real_shape / "t5", "--data", real_shape, "--task", "mrpc"]
+    assert run_cli("evaluate", "--adapters", out / "targets" / "mrpc", *scored) == 0
+    expected = summary["targets"]["mrpc"]["scores"]["PEMT"]["accuracy"]
     assert f"{expected:.1f}" in capsys.readouterr().out
 
 
@@ -263,10 +267,10 @@ def test_bad_requests_end_before_anything_is_written(
 def test_bad_rows_end_before_anything_is_written(real_shape, tmp_path, capsys, row, message):
     folder, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(real_shape, folder)
-    (folder / "glue__rte" / "train.jsonl").write_text(row)
+    (folder / "glue__mrpc" / "train.jsonl").write_text(row)
     assert run_cli(*train_arguments(folder, out)) == 1
     error = capsys.readouterr().err.replace("\n", " ")
-    assert message in error and "rte" in error
+    assert message in error and "mrpc" in error
     assert not out.exists()
 
 

@@ -24,7 +24,7 @@ import transformers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from pemt_fast.checkpoint import replace_file
-from pemt_fast.data import Splits, tokenize
+from pemt_fast.data import Splits, Task, tokenize
 from pemt_fast.data.template import Example
 from pemt_fast.model import AdapterModel
 from pemt_fast.t5 import T5Model
@@ -125,7 +125,7 @@ def fit(
     model: AdapterModel,
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
-    metrics: Sequence[str],
+    metrics: Task | Sequence[str],
     options: TrainOptions,
     directory: str | os.PathLike[str],
     *,
@@ -137,7 +137,7 @@ def fit(
         model: From `get_model`.
         tokenizer: The T5's.
         splits: Examples of the three parts.
-        metrics: Names for `metrics.compute`.
+        metrics: A known task or names of metrics, for `metrics.compute`.
         options: Optimisation.
         directory: The run directory.
         label: What is being trained, for logs and results.

@@ -103,7 +103,7 @@ def load_task(
         limit_train=limit_train,
         limit_eval=request.limit_eval,
     )
-    return TaskData(task.name, task.description, splits, task.metrics)
+    return TaskData(task.name, task.description, splits, task)
 
 
 def _check(
@@ -240,4 +240,4 @@ def evaluate_adapters(
     texts = predict(
         adapted, tokenizer, rows, batch_size=batch_size, max_length=generation_length([rows])
     )
-    return compute(task.metrics, texts, list(splits.test))
+    return compute(task, texts, list(splits.test))

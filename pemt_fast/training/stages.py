@@ -16,7 +16,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from pemt_fast.data import Splits
+from pemt_fast.data import Splits, Task
 from pemt_fast.methods.pemt_config import PemtConfig
 from pemt_fast.model import get_model
 from pemt_fast.t5 import T5Model
@@ -60,14 +60,14 @@ class TaskData:
         name: Task name.
         description: The sentence behind the task prompt.
         splits: Train, validation and test examples.
-        metrics: Names for `metrics.compute`.
+        metrics: A known task or names of metrics, for `metrics.compute`.
         prompt_length: Prompt positions; None: the tokens of the description.
     """
 
     name: str
     description: str
     splits: Splits
-    metrics: Sequence[str]
+    metrics: Task | Sequence[str]
     prompt_length: int | None = None
 
 
