@@ -110,6 +110,13 @@ def test_within_the_error_budget(impl, dtype, case):
     assert_matches_oracle(lambda seed: inputs_of(case, dtype=dtype, seed=seed), impl=impl)
 
 
+def test_sums_over_many_tokens_on_two_threads(impl):
+    """With several threads BLAS sums a product with few rows, such as d_b_up, in one long chain."""
+    torch.set_num_threads(2)
+    sizes = {"E": 6, "D": 96, "R": 24, "H": 512, "gate": "[B, E]", "activation": "gelu_tanh"}
+    assert_matches_oracle(lambda seed: make_inputs(2048, **sizes, seed=seed), impl=impl)
+
+
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_equals_the_reference_in_float64(impl, case):
     inputs = inputs_of(case, dtype=torch.float64)

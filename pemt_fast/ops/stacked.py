@@ -20,8 +20,10 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-# BLAS sums a float32 mat-vec in one long chain; in this many parts it is as exact as a matmul.
+# BLAS sums a float32 product with one or few rows in one long chain; in this many parts the result
+# is as exact as a matmul: over the hidden units of one token, and over tokens for d_b_up.
 ROW_PARTS = 8
+TOKEN_PARTS = 32
 
 # Below this many tokens copying the used adapters out of the stack costs more than it saves.
 MIN_TOKENS_TO_COMPACT = 16
@@ -198,6 +200,19 @@ def _matmul(rows: Tensor, weight: Tensor, base: Tensor | None = None) -> Tensor:
     return out if base is None else out.add_(base)
 
 
+def _sum_products(a: Tensor, b: Tensor) -> Tensor:
+    """`Σ_t a[t]ᵀ·b[t]` for `a [T, E]` with few columns and `b [T, H]`: `[E, H]`."""
+    tokens = a.shape[0]
+    if a.dtype != torch.float32 or tokens < 2 * TOKEN_PARTS:
+        return torch.mm(a.t(), b)
+    main = tokens // TOKEN_PARTS * TOKEN_PARTS
+    out = torch.bmm(
+        a[:main].unflatten(0, (TOKEN_PARTS, -1)).transpose(1, 2),
+        b[:main].unflatten(0, (TOKEN_PARTS, -1)),
+    ).sum(0)
+    return out if main == tokens else torch.addmm(out, a[main:].t(), b[main:])
+
+
 def _gate_dtype(x_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if x_dtype == torch.float64 else torch.float32
 
@@ -301,7 +316,7 @@ def backward(
         if d_gate is not None:
             d_gate = d_gate + d_out @ weights.b_up.to(gate.dtype).t()
         if needs_b_up:
-            d_b_up = gate.t() @ d_out
+            d_b_up = _sum_products(gate, d_out)
     if d_gate is not None and unused is not None:
         # A NaN that `_quarantine` put here stands for an adapter whose output is not finite.
         d_gate = torch.where(gate.isnan(), gate, d_gate)
