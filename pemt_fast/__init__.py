@@ -14,6 +14,7 @@ from pemt_fast.version import __version__
 
 _EXPORTS = {
     "AdapterModel": "pemt_fast.model",
+    "AdapterTrainer": "pemt_fast.training.trainer",
     "PemtConfig": "pemt_fast.methods.pemt_config",
     "adapter_mixture": "pemt_fast.ops",
     "get_model": "pemt_fast.model",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pemt_fast.methods.pemt_config import PemtConfig
     from pemt_fast.model import AdapterModel, get_model, load
     from pemt_fast.ops import adapter_mixture, task_sparsity_loss
+    from pemt_fast.training.trainer import AdapterTrainer
 
 
 def __getattr__(name: str) -> object:

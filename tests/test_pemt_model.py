@@ -322,6 +322,11 @@ def test_misfit_leaves_the_model_untouched(changes, error, message):
     assert all(p.requires_grad for p in t5.parameters())
 
 
+def test_stage_one_may_name_its_source_twice():
+    lengths = {"source_prompt_lengths": None, "stage": 1}
+    assert pemt_config(sources=["t"], **lengths) == pemt_config(sources=[], **lengths)
+
+
 def test_prompt_starts_from_the_vocabulary():
     t5 = tiny_t5()
     rows = {tuple(r.tolist()) for r in t5.shared.weight}

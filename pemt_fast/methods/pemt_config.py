@@ -31,7 +31,8 @@ class PemtConfig:
 
     Attributes:
         sources: Stage 2: the sources in the order of the gate, each a directory written by stage 1
-            or a plain name for a freshly initialised one (tests, benchmarks). Stage 1: empty.
+            or a plain name for a freshly initialised one (tests, benchmarks). Stage 1: empty, or
+            the target itself.
         target: Name of the task that is trained: the target, or the source in stage 1.
         stage: 1 trains one source adapter and its prompt; 2 adapts to the target.
         source_rank: Bottleneck width of fresh sources (64 in the paper's code).
@@ -103,8 +104,13 @@ class PemtConfig:
             raise ValueError(f"aux_weight must not be negative, got {self.aux_weight}")
 
     def _check_sources(self) -> None:
+        if self.stage == 1 and self.sources == (self.target,):
+            object.__setattr__(self, "sources", ())
         if self.stage == 1 and self.sources:
-            raise ValueError(f"stage 1 trains one source and has no sources, got {self.sources}")
+            raise ValueError(
+                "stage 1 trains one source, named by target, and has no sources of its own, "
+                f"got {list(self.sources)}"
+            )
         if self.stage == 2 and not self.sources:
             raise ValueError("stage 2 needs at least one source, got none")
         for name in ("source_ranks", "source_prompt_lengths"):
