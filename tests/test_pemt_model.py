@@ -77,7 +77,7 @@ def test_gates_are_per_sequence_and_sum_to_one(variant):
 
 
 def test_trainable_parameters_match_the_paper():
-    """Shapes of stage 2 on T5-base with six sources and a prompt of 25: METHODS 1.5."""
+    """Stage 2 on T5-base, six sources, a prompt of 25: counts from the published shapes."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
