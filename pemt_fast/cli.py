@@ -227,6 +227,7 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Where the T5 and its tokenizer go.")],
     tasks: Annotated[str, typer.Option(help="Supervised tasks to mix in.")] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of JSONL data sets.")] = None,
+    task_share: Annotated[float, typer.Option(help="Share of the updates spent on tasks.")] = 0.5,
     steps: Annotated[int | None, typer.Option(help="Number of updates.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
@@ -237,7 +238,9 @@ def pretrain(
     files = sorted(text.glob("*.txt"))
     if not files:
         raise FileNotFoundError(f"--text: {text} holds no .txt files")
-    changes: dict = {"seed": seed} | ({} if steps is None else {"steps": steps})
+    changes: dict = {"seed": seed, "task_share": task_share}
+    if steps is not None:
+        changes["steps"] = steps
     result = run(files, out, PretrainConfig(**changes), tasks=_split(tasks), data_dir=data)
     console.print(f"pretrained in {result['seconds']:.0f} s: {out}")
 
