@@ -21,8 +21,8 @@ from pathlib import Path
 PRETRAIN_TASKS = "sst2,mnli,qqp"
 TRAIN = (
     "--sources sst2,mnli,qqp --target yelp_polarity --few-shot 16 --baseline --source-rank 16 "
-    "--source-steps 300 --target-steps 100 --source-lr 5e-3 --target-lr 5e-3 --batch-size 32 "
-    "--eval-every 100 --max-source-length 96 --limit-eval 300"
+    "--source-steps 200 --target-steps 100 --source-lr 5e-3 --target-lr 5e-3 --batch-size 32 "
+    "--eval-every 100 --max-source-length 64 --limit-eval 200"
 )
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     pretrain = (
         f"pretrain --text {options.data}/corpus --data {options.data} --tasks {PRETRAIN_TASKS}"
     )
-    pretrain += f" --out {t5}"
+    pretrain += f" --task-share 0.9 --out {t5}"
     train = f"train --model {t5} --data {options.data} --out {runs} {TRAIN}"
     seconds = [
         remembered(options.work / f"{name}.json", shlex.split(command))
