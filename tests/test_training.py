@@ -79,6 +79,8 @@ class Killed(Exception):
 
 
 def test_resume_after_a_kill_gives_the_same_weights(backbone, tmp_path, monkeypatch):
+    # The best checkpoint may be older than the kill: compare the weights of the last step instead.
+    monkeypatch.setattr(AdapterTrainer, "_load_best_model", lambda self: None)
     whole = train_source(backbone, data("sort"), OPTIONS, tmp_path / "whole", rank=4)
 
     class Kill(TrainerCallback):
