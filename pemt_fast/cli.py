@@ -252,7 +252,8 @@ def info(
     """What runs here: versions, devices, and why an implementation is unavailable."""
     import torch
 
-    from pemt_fast.ops.dispatch import AUTO_TABLE, IMPLS, unavailable_reasons
+    from pemt_fast.ops import extension
+    from pemt_fast.ops.dispatch import IMPLS, auto_impl, unavailable_reasons
     from pemt_fast.training.fit import environment
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -264,21 +265,34 @@ def info(
         }
         for device in devices
     }
+    module = extension.load()
+    compiled = {
+        "built": module is not None,
+        "why_not": extension.missing_reason(),
+        "instruction_set": module.cpu_isa() if module else None,
+        "instruction_sets": module.cpu_isas() if module else [],
+    }
     variables = {k: v for k, v in os.environ.items() if k.startswith("PEMT_FAST_")}
     values = {
-        "environment": environment(), "auto": {d: AUTO_TABLE[d] for d in devices},
+        "environment": environment(), "extension": compiled,
+        "auto": {d: auto_impl(torch.device(d)) for d in devices},
         "unavailable": impls, "variables": variables,
     }  # fmt: skip
     if as_json:
         print(json.dumps(values, indent=2))
         return
     _table("environment", ("", ""), list(values["environment"].items()))  # type: ignore[attr-defined]
+    if module:
+        isas = [("in use", module.cpu_isa()), ("possible here", ", ".join(module.cpu_isas()))]
+        _table(f"extension {extension.NAME}", ("instruction set", ""), isas)
+    else:
+        console.print(compiled["why_not"], markup=False, highlight=False, soft_wrap=True)
     for device in devices:
         rows = [
             (
                 impl,
                 "no" if why else "yes",
-                "yes" if AUTO_TABLE[device] == impl else "",
+                "yes" if auto_impl(torch.device(device)) == impl else "",
                 "; ".join(why),
             )
             for impl, why in impls[device].items()

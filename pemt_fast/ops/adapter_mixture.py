@@ -5,16 +5,19 @@ Letters: B sequences, S tokens per sequence, T = B·S tokens, E adapters (expert
 R bottleneck, H output width, N = ΣR total bottleneck (E·R when the ranks are equal).
 
 From here: `validation.py` (the rules), `autograd.py` (what is kept for backward), then the
-implementation that `dispatch.py` names: `stacked.py` (`impl="torch"`) or `reference.py`.
+implementation that `dispatch.py` names: `stacked.py` (`impl="torch"`) or `reference.py`. The C++
+kernels (`impl="cpu"`) begin at `native.py`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from pemt_fast.ops import native
 from pemt_fast.ops.autograd import autocast_dtype, without_autocast
 from pemt_fast.ops.dispatch import resolve_impl
 from pemt_fast.ops.reference import adapter_mixture_reference
@@ -80,6 +83,12 @@ def adapter_mixture(
         >>> adapter_mixture(x, gate, w_down, w_up, activation="relu").shape
         torch.Size([2, 5, 8])
     """
+    if takes_door(impl):
+        out = native.door(
+            x, gate, w_down, w_up, b_down, b_up, base, activation, recompute, False, ranks
+        )
+        if out is not None:
+            return out
     out, _ = _call(
         x, gate, w_down, w_up, b_down, b_up, activation, base, impl, recompute, ranks, False
     )
@@ -105,9 +114,23 @@ def adapter_mixture_with_hidden(
     The hidden units `[..., N]` are differentiable, so that a loss in rank space (see
     `sparsity_loss.py`) shares the down-projection with the mixture. Arguments as there.
     """
+    if takes_door(impl):
+        both = native.door(
+            x, gate, w_down, w_up, b_down, b_up, base, activation, recompute, True, ranks
+        )
+        if both is not None:
+            return both
     return _call(
         x, gate, w_down, w_up, b_down, b_up, activation, base, impl, recompute, ranks, True
     )
+
+
+def takes_door(impl: str) -> bool:
+    """Whether an eager call may try the quick way to the C++ kernels, which does all checks."""
+    if native.door is None or torch.compiler.is_compiling():
+        return False
+    # Else the environment says what "auto" means.
+    return impl == "cpu" or (impl == "auto" and "PEMT_FAST_IMPL" not in os.environ)
 
 
 def _call(
@@ -125,15 +148,20 @@ def _call(
     with_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     rank_list = check_adapter_mixture(x, gate, w_down, w_up, b_down, b_up, base, activation, ranks)
-    impl = resolve_impl(impl, x.device)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)
+    impl = resolve_impl(impl, x.device, x.dtype)
     if impl == "reference":
         with without_autocast(x.device.type):
             return adapter_mixture_reference(
                 x, gate, w_down, w_up, b_down, b_up, base, rank_list, activation
             )
+    if impl == "cpu":
+        return native.adapter_mixture(
+            x, gate, w_down, w_up, b_down, b_up, base,
+            rank_list, activation, recompute, with_hidden,
+        )  # fmt: skip
     return torch.ops.pemt_fast.adapter_mixture(
         x, gate, w_down, w_up, b_down, b_up, base,
         rank_list, activation, impl, recompute, with_hidden,

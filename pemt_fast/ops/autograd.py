@@ -3,7 +3,8 @@
 
 One opaque, differentiable operator per call for autograd, `torch.compile` and export. This file
 owns what is kept for backward and what is skipped; the arithmetic is in the pair `forward` /
-`backward` of the implementation that `dispatch.py` names (`stacked.py` for `impl="torch"`).
+`backward` of the implementation that `dispatch.py` names (`stacked.py` for `impl="torch"`). The
+kernels of `csrc/` have an operator of their own, see `native.py`.
 
 Saved for backward: `z` (gelu, silu) or `act(z)` (identity, relu), T·N elements in the dtype of
 `x`; `x` itself only if `w_down` is trained or with `recompute`, which saves no hidden units at all.
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pemt_fast.ops import fakes
 from pemt_fast.ops.dispatch import backend
 from pemt_fast.ops.stacked import Weights, keeps_pre_activation
 
@@ -102,30 +104,8 @@ def _forward(
     )
 
 
-def _forward_fake(
-    x: Tensor,
-    gate: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    b_down: Tensor | None,
-    b_up: Tensor | None,
-    base: Tensor | None,
-    ranks: Sequence[int],
-    activation: str,
-    impl: str,
-    recompute: bool,
-    with_hidden: bool,
-    save: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lead, n = x.shape[:-1], sum(ranks)
-    tokens = 1
-    for size in lead:
-        tokens = tokens * size
-    return (
-        x.new_empty(*lead, w_up.shape[-1]),
-        x.new_empty(*lead, n) if with_hidden else x.new_empty(0),
-        x.new_empty(tokens, n) if save else x.new_empty(0),
-    )
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return fakes.forward(args[0], args[3], args[7], with_hidden=args[11], save=args[12])
 
 
 def _backward(
@@ -191,17 +171,7 @@ def _backward_fake(
     impl: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    first = grad_out if grad_out is not None else grad_hidden
-    assert first is not None
-    like: list[Tensor | None] = [
-        first.new_empty(*first.shape[:-1], w_down.shape[-1]),
-        *(None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-          for t in (gate, w_down, w_up, b_down, b_up)),
-    ]  # fmt: skip
-    return tuple(
-        grad if wanted and grad is not None else first.new_empty(0)
-        for grad, wanted in zip(like, needs, strict=True)
-    )
+    return fakes.backward(grad_out, grad_hidden, (gate, w_down, w_up, b_down, b_up), needs)
 
 
 class AdapterMixtureFunction(torch.autograd.Function):
@@ -283,7 +253,7 @@ def _forward_only(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_only_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    out, hidden, _ = _forward_fake(*args)
+    out, hidden, _ = fakes.forward(args[0], args[3], args[7], with_hidden=args[11], save=False)
     return out, hidden
 
 

@@ -17,19 +17,27 @@ from types import ModuleType
 
 import torch
 
+from pemt_fast.ops import extension
+
 logger = logging.getLogger("pemt_fast")
 
 IMPLS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 
-# Device type -> implementation that impl="auto" takes. Kernels enter after they were measured.
-AUTO_TABLE = {"cpu": "torch", "cuda": "torch"}
+# Device type -> what impl="auto" takes, if it can run, before "torch", which can run anywhere.
+# Kernels enter after they were measured.
+AUTO_TABLE = {"cpu": "cpu", "cuda": "torch"}
 
 # Implementation -> module with the pair forward / backward of `stacked.py`.
 _BACKENDS = {"torch": "pemt_fast.ops.stacked"}
 
+# A constant, so that a traced call does not ask again.
+_EXTENSION_MISSING = extension.missing_reason()
 
-def unavailable_reasons(impl: str, device: torch.device) -> list[str]:
-    """Every reason why `impl` cannot run on `device`; empty when it can."""
+
+def unavailable_reasons(
+    impl: str, device: torch.device, dtype: torch.dtype | None = None
+) -> list[str]:
+    """Every reason why `impl` cannot run on `device`, with `x` of `dtype`; empty when it can."""
     reasons = []
     wanted = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(impl)
     if wanted is not None and device.type != wanted:
@@ -38,13 +46,24 @@ def unavailable_reasons(impl: str, device: torch.device) -> list[str]:
         reasons.append("torch sees no CUDA device")
     if impl == "triton" and importlib.util.find_spec("triton") is None:
         reasons.append("the package triton is not installed")
-    if impl not in _BACKENDS and impl != "reference":
+    if impl == "cpu":
+        if _EXTENSION_MISSING is not None:
+            reasons.append(_EXTENSION_MISSING)
+        if dtype == torch.float64:
+            reasons.append("it computes in float32, bfloat16 or float16, x is float64")
+    elif impl not in _BACKENDS and impl != "reference":
         reasons.append(f"this version of pemt_fast ships no {impl} kernels")
     return reasons
 
 
-def resolve_impl(impl: str, device: torch.device) -> str:
-    """The implementation to run for tensors on `device`.
+def auto_impl(device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """What `impl="auto"` means for `x` of `dtype` on `device`."""
+    impl = AUTO_TABLE.get(device.type, "torch")
+    return "torch" if unavailable_reasons(impl, device, dtype) else impl
+
+
+def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The implementation to run for `x` of `dtype` on `device`.
 
     Raises:
         ValueError: `impl` is not one of `IMPLS`.
@@ -55,12 +74,12 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     if impl == "auto":
         forced = os.environ.get("PEMT_FAST_IMPL")
         if not forced or forced == "auto":
-            return AUTO_TABLE.get(device.type, "torch")
+            return auto_impl(device, dtype)
         if forced not in IMPLS:
             raise ValueError(f"PEMT_FAST_IMPL must be one of {', '.join(IMPLS)}, got {forced!r}")
         _log_forced(forced)
         impl = forced
-    reasons = unavailable_reasons(impl, device)
+    reasons = unavailable_reasons(impl, device, dtype)
     if reasons:
         raise RuntimeError(f"impl={impl!r} cannot run: " + "; ".join(reasons))
     return impl

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The kernels for AVX-512 (F, BW, DQ, VL).
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+#include "kernels.h"
+
+// NOTE: to the end of the file, so that templates are instantiated under it. Nothing of the
+// standard library may be instantiated below: the linker could take that copy for all machines.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+// GCC 12 takes the undefined operand of unmasked intrinsics for a mistake of ours.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#define PEMT_ISA avx512
+#define PEMT_ISA_NAME "avx512"
+#define PEMT_ISA_LEVEL 2
+#include "kernel_table.h"
+#endif
