@@ -2,9 +2,11 @@
 """Measure `adapter_mixture` against its baselines; prints a table, writes JSON and CSV.
 
     python benchmarks/bench_adapter_mixture.py [--device cuda] [--quick] [--only "t5-base"]
+    python benchmarks/bench_adapter_mixture.py --suite grid [--resume FILE]
 
 Run it as a path, not with `-m`. Sizes are in `cases.py`, contenders in `providers.py`, the protocol
-in `README.md`; `report.py` makes tables and plots of what this writes.
+in `README.md`; `report.py` makes tables and plots of what this writes. The grid of the CPU kernels'
+targets is a suite of its own, run by `grid_run.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ import sys
 import time
 from pathlib import Path
 
+import grid
+import grid_run
 import torch
-from cases import DTYPES, Case, select
+from cases import CASES, DTYPES, Case, select
 from checking import Oracle
+from grid_report import print_grid
 from measure import (
     CELL_S,
     QUICK_CELL_S,
@@ -30,7 +35,7 @@ from measure import (
     time_interleaved,
 )
 from providers import BASELINES, BOUND, PROVIDERS, Provider, bare_matmuls, preferred, step
-from records import RESULTS, Result, Row, environment
+from records import OPERATOR, RESULTS, Result, Row, environment, new_row
 from rich.console import Console
 from tables import print_result
 
@@ -50,14 +55,6 @@ def available(device: str) -> tuple[list[Provider], dict[str, str]]:
             skipped[provider.name] = reason
             console.print(f"skipped {provider.name}: {reason}", highlight=False, soft_wrap=True)
     return runnable, skipped
-
-
-def new_row(case: Case, dtype: str, mode: str, provider: str) -> Row:
-    """A row without numbers."""
-    return Row(
-        case.name, case.group, dtype, mode, provider, B=case.B, S=case.S, T=case.T, N=case.N,
-        E=case.E, R=case.R, D=case.D, H=case.H, gate=case.gate, activation=case.activation,
-    )  # fmt: skip
 
 
 def measure_cell(
@@ -144,30 +141,41 @@ def measure(
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Time adapter_mixture against its baselines.")
+    parser.add_argument("--suite", choices=(OPERATOR, grid.SUITE), default=OPERATOR)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a few cases instead of all")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="for the results")
     parser.add_argument("--rounds", type=int, help="per cell; about a second's worth if not given")
     parser.add_argument("--threads", type=int, help="of the CPU; all cores if not given")
+    resume = "partial result of --suite grid to complete"
+    parser.add_argument("--resume", type=Path, metavar="FILE", help=resume)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     for name in ("rounds", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    options.cells = select(options.device, quick=options.quick, only=options.only)
+    if options.suite == grid.SUITE and options.device != "cpu":
+        parser.error("--suite grid is for --device cpu")
+    if options.resume is not None and options.suite != grid.SUITE:
+        parser.error("--resume is for --suite grid")
+    if options.resume is not None and not options.resume.is_file():
+        parser.error(f"--resume: there is no file {options.resume}")
+    among = grid.GRID if options.suite == grid.SUITE else CASES
+    options.cells = select(options.device, quick=options.quick, only=options.only, among=among)
     if not options.cells:
         parser.error(f"--only {options.only!r}: no case for {options.device} has that in its name")
     return options
 
 
-def main() -> int:
-    """Returns the exit status: 1 if a provider was refused."""
-    options = arguments()
-    threads = pin_threads(options.threads)
-    stamp = environment(threads)
-    providers, skipped = available(options.device)
+def run(
+    options: argparse.Namespace,
+    stamp: dict[str, object],
+    providers: list[Provider],
+    skipped: dict[str, str],
+) -> tuple[Result, Path]:
+    """The operator's suite; returns where its result was written."""
     cell_s = QUICK_CELL_S if options.quick else CELL_S
     rows = measure(options.cells, options.device, providers, rounds=options.rounds, cell_s=cell_s)
     result = Result(
@@ -178,9 +186,26 @@ def main() -> int:
         skipped=skipped,
         rows=rows,
     )
-    print_result(result, console)
-    console.print(f"written: {result.save(options.out)}", highlight=False, soft_wrap=True)
-    refused = [row for row in rows if row.error]
+    return result, result.save(options.out)
+
+
+def main() -> int:
+    """Returns the exit status: 1 if a provider was refused, 2 if a run cannot be resumed."""
+    options = arguments()
+    stamp = environment(pin_threads(options.threads))
+    providers, skipped = available(options.device)
+    if options.suite == grid.SUITE:
+        try:
+            result, path = grid_run.run(options, stamp, providers, skipped, console)
+        except grid_run.CannotResume as error:
+            console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+            return 2
+        print_grid(result, console)
+    else:
+        result, path = run(options, stamp, providers, skipped)
+        print_result(result, console)
+    console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    refused = [row for row in result.rows if row.error]
     for row in refused:
         message = f"{', '.join(row.cell)}: {row.provider} was refused: {row.error}"
         console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)

@@ -29,7 +29,10 @@ _MATMUL_PASSES = {FORWARD: 1, FROZEN: 2, TRAINABLE: 3}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape. `group` is `pemt`, `grid` (the T × N grid) or `host` (a call without work)."""
+    """One shape. `group` is `pemt`, `grid` (T × N), `host` (a call without work) or `targets`.
+
+    The last are the cells of `grid.py`, a suite of their own.
+    """
 
     name: str
     group: str

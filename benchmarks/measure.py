@@ -12,6 +12,7 @@ import ctypes
 import gc
 import math
 import os
+import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,9 @@ Runs = Mapping[str, Callable[[], object]]
 
 CELL_S, QUICK_CELL_S = 0.8, 0.3  # measured time per cell, unless the rounds are given
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 200
+GRID_CELL_S, QUICK_GRID_CELL_S = 0.2, 0.05  # the same for the grid, with its many cells
+FEWEST_GRID_ROUNDS = 5
+WARMUP_SHARE = 0.1  # of a cell of the grid
 WARMUP_S = 0.05  # per candidate; the check before has already run each of them
 HOST_CALLS = 20  # per round, where the price of a call is measured
 FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
@@ -85,6 +89,27 @@ def time_interleaved(
     if device == "cuda":
         return _interleave_on_device(runs, rounds)
     return interleave(runs, rounds=rounds, warmup_s=WARMUP_S)
+
+
+def time_briefly(runs: Runs, *, rounds: int | None, cell_s: float) -> dict[str, list[float]]:
+    """Like `time_interleaved`, for many cells on the CPU whose candidates have just been checked.
+
+    Rounds go on until `cell_s` have passed, at least `FEWEST_GRID_ROUNDS`. Those of the first tenth
+    of the time are warm-up: they are dropped as far as the fewest remain. Each round has an order
+    of its own, since a call pays for the caches that the one before it leaves behind.
+    """
+    fewest, budget_s = (rounds, 0.0) if rounds else (FEWEST_GRID_ROUNDS, cell_s)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
+    started, warmup, done, passed = time.perf_counter(), 0, 0, 0.0
+    while done < fewest or (passed < budget_s and done < MOST_ROUNDS):
+        shuffle(order)
+        for name in order:
+            seconds[name].append(seconds_of(runs[name], "cpu"))
+        warmup += passed < WARMUP_SHARE * budget_s
+        done, passed = done + 1, time.perf_counter() - started
+    dropped = min(warmup, done - fewest)
+    return {name: all_rounds[dropped:] for name, all_rounds in seconds.items()}
 
 
 def time_host(runs: Runs, *, rounds: int | None, cell_s: float = CELL_S) -> dict[str, list[float]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import matplotlib
 matplotlib.use("Agg")  # files only, no display
 
 import matplotlib.pyplot as plt  # noqa: E402
+from cases import MODES  # noqa: E402
+from grid_report import grid_plot_name  # noqa: E402
+from grid_targets import ours, speedup  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from records import HEAT_MAP_BASELINES, Result, Row  # noqa: E402
+from records import HEAT_MAP_BASELINES, Result, Row, geometric_mean  # noqa: E402
 
 _OURS_COLOUR, _OTHER_COLOUR, _BOUND_COLOUR = "#1f6f8b", "#b8b8b8", "#e0c070"
 
@@ -47,19 +51,62 @@ def _heat_maps(result: Result, baseline: str, folder: Path) -> Path | None:
     return _save(figure, title, folder / f"{result.device}-heatmap-{baseline}.png")
 
 
-def _heat_map(axis: Axes, rows: list[Row], baseline: str, *, title: str) -> None:
-    axis.set_title(title, fontsize=10)
+def plot_grid(result: Result, folder: Path) -> list[Path]:
+    """The same over the grid of `grid.py`: means over widths and activations, and the worst."""
+    rows = ours(result)
     if not rows:
+        return []
+    modes, dtypes = (
+        [mode for mode in MODES if any(row.mode == mode for row in rows)],
+        _kinds(rows)[1],
+    )
+    size = (4.0 * len(modes) + 1, 3.6 * len(dtypes) + 0.6)
+    figure, axes = plt.subplots(len(dtypes), len(modes), figsize=size, squeeze=False)
+    for (i, dtype), (j, mode) in itertools.product(enumerate(dtypes), enumerate(modes)):
+        pools: dict[tuple[int, int], list[float]] = {}
+        for row in rows:
+            if (row.dtype, row.mode) == (dtype, mode):
+                pools.setdefault((row.T, row.N), []).append(speedup(row))
+        ratios = {place: geometric_mean(pool) for place, pool in pools.items()}
+        texts = {place: _worst(ratios[place], min(pool)) for place, pool in pools.items()}
+        _panel(axes[i][j], ratios, texts, title=f"{dtype}, {mode}")
+    title = (
+        f"{result.preferred}: times faster than the faster of stacked and compiled, geometric mean "
+        f"over widths\nand activations, the worst below ({_device(result)})"
+    )
+    return [_save(figure, title, folder / grid_plot_name(result))]
+
+
+def _worst(mean: float, worst: float) -> str:
+    return f"{mean:.2f}\n{worst:.2f}{' ▼' if round(worst, 2) < 1 else ''}"
+
+
+def _heat_map(axis: Axes, rows: list[Row], baseline: str, *, title: str) -> None:
+    ratios = {(row.T, row.N): row.speedup[baseline] for row in rows}
+    lost = {(row.T, row.N) for row in rows if row.loses_to(baseline)}
+    texts = {place: f"{r:.2f}{' ▼' if place in lost else ''}" for place, r in ratios.items()}
+    _panel(axis, ratios, texts, title=title)
+
+
+def _panel(
+    axis: Axes,
+    ratios: dict[tuple[int, int], float],
+    texts: dict[tuple[int, int], str],
+    *,
+    title: str,
+) -> None:
+    """Colours and texts at their places (T, N)."""
+    axis.set_title(title, fontsize=10)
+    if not ratios:
         axis.axis("off")
         return
-    tokens = sorted({row.T for row in rows})
-    units = sorted({row.N for row in rows})
+    tokens = sorted({T for T, _ in ratios})
+    units = sorted({N for _, N in ratios})
     grid = [[float("nan")] * len(units) for _ in tokens]
-    for row in rows:
-        y, x = tokens.index(row.T), units.index(row.N)
-        grid[y][x] = math.log2(row.speedup[baseline])
-        lost = " ▼" if row.loses_to(baseline) else ""
-        axis.text(x, y, f"{row.speedup[baseline]:.2f}{lost}", ha="center", va="center", fontsize=9)
+    for (T, N), ratio in ratios.items():
+        y, x = tokens.index(T), units.index(N)
+        grid[y][x] = math.log2(ratio)
+        axis.text(x, y, texts[T, N], ha="center", va="center", fontsize=9)
     # Twice as slow is as far from white as twice as fast; beyond 4 the colour saturates.
     axis.imshow(grid, cmap="PuOr_r", vmin=-2, vmax=2, alpha=0.7, aspect="auto")
     axis.set_xticks(range(len(units)), [str(n) for n in units])

@@ -84,9 +84,26 @@ def stacked(
     return torch.addmm(base.reshape(-1, h), gated, w_up.view(n, h)).view(*x.shape[:-1], h)
 
 
-def compile_stacked() -> Mixture:
-    """`torch.compile` of `stacked`, specialised to the shape."""
-    return torch.compile(stacked, dynamic=False, fullgraph=True)
+def compile_stacked(*, any_tokens: bool = False) -> Mixture:
+    """`torch.compile` of `stacked`, specialised to the shape.
+
+    With `any_tokens` one compilation serves all numbers of tokens, if the inputs went through
+    `mark_tokens`; everything else stays specialised.
+    """
+    return torch.compile(stacked, dynamic=None if any_tokens else False, fullgraph=True)
+
+
+def mark_tokens(inputs: MixtureInputs) -> MixtureInputs:
+    """The same tensors; the compiler is told that the number of their tokens changes.
+
+    That is the number of sequences or, as 1 is always special to it, the length of the only one.
+    """
+    dim = 0 if inputs.x.shape[0] > 1 else 1
+    for tensor in (inputs.x, inputs.gate, inputs.base):
+        # A gate per sequence has a row per sequence and no row per token.
+        if tensor is not None and tensor.dim() > dim + 1 and tensor.shape[dim] > 1:
+            torch._dynamo.mark_dynamic(tensor, dim)
+    return inputs
 
 
 def compiler_missing(device: torch.device) -> str | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from cases import Case
 
 import pemt_fast
 
@@ -23,6 +24,7 @@ RESULTS = BENCHMARKS / "results"
 BASELINES = ("published", "loop", "stacked", "compiled")
 HEAT_MAP_BASELINES = ("published", "stacked")
 OURS_PREFIX = "ours-"
+OPERATOR = "operator"  # the suite of `cases.py`; that of `grid.py` has a file format of its own
 
 
 @dataclasses.dataclass
@@ -76,9 +78,17 @@ class Row:
         self.min_ms = 1e3 * min(seconds)
 
 
+def new_row(case: Case, dtype: str, mode: str, provider: str) -> Row:
+    """A row without numbers."""
+    return Row(
+        case.name, case.group, dtype, mode, provider, B=case.B, S=case.S, T=case.T, N=case.N,
+        E=case.E, R=case.R, D=case.D, H=case.H, gate=case.gate, activation=case.activation,
+    )  # fmt: skip
+
+
 @dataclasses.dataclass
 class Result:
-    """One run on one device."""
+    """One run of one suite on one device."""
 
     device: str
     environment: dict[str, object]
@@ -86,13 +96,15 @@ class Result:
     preferred: str
     skipped: dict[str, str]
     rows: list[Row]
+    suite: str = OPERATOR
 
     @property
     def name(self) -> str:
         """Of the files, without suffix."""
+        subject = self.device if self.suite == OPERATOR else f"{self.device}-{self.suite}"
         date, commit = str(self.environment["date"])[:10], self.environment["commit"] or "nogit"
         dirty = "-dirty" if self.environment["dirty"] else ""
-        return f"{self.device}-{date}-{commit}{dirty}{'-partial' if self.partial else ''}"
+        return f"{subject}-{date}-{commit}{dirty}{'-partial' if self.partial else ''}"
 
     def cells(self) -> list[list[Row]]:
         """The rows of each cell, in the order of measurement."""
@@ -126,16 +138,18 @@ def load(path: Path) -> Result:
     return Result(**{**values, "rows": [Row(**row) for row in values["rows"]]})
 
 
-def newest(folder: Path) -> dict[str, Result]:
-    """The latest complete result of each device, by device."""
+def newest(
+    folder: Path, suite: str = OPERATOR, read: Callable[[Path], Result] = load
+) -> dict[str, Result]:
+    """The latest complete result of each device, by device; `read` knows the files of the suite."""
     found: dict[str, Result] = {}
     for path in sorted(folder.glob("*.json")):
-        result = load(path)
-        if result.partial:
+        head = json.loads(path.read_text())
+        if head["partial"] or head.get("suite", OPERATOR) != suite:
             continue
-        known = found.get(result.device)
-        if known is None or str(known.environment["date"]) < str(result.environment["date"]):
-            found[result.device] = result
+        known = found.get(head["device"])
+        if known is None or str(known.environment["date"]) < head["environment"]["date"]:
+            found[head["device"]] = read(path)
     return dict(sorted(found.items()))
 
 

@@ -2,18 +2,27 @@
 """Turn the newest complete result of each device into tables and plots; no number is typed by hand.
 
     python benchmarks/report.py [--check]
+    python benchmarks/report.py --show FILE
 
 Writes `results/README.md` and its plots, and the short table between the two `benchmark` markers of
-the repository's README. `--check` writes nothing and exits 1 if one of the two texts is stale.
+the repository's README; for the grid also `results/<device>-grid.md` with its cells. `--check`
+writes nothing and exits 1 if one of the texts is stale. `--show` prints a run of the grid, also a
+partial one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from grid_records import load as load_grid
+from grid_records import newest_grid
+from grid_report import page, page_name, print_grid, section
+from grid_targets import ours
 from records import BENCHMARKS, HEAT_MAP_BASELINES, RESULTS, Result, newest
+from rich.console import Console
 from tables import (
     COLUMNS,
     LOST,
@@ -44,13 +53,17 @@ def block(results: dict[str, Result], link: str = "benchmarks/results/README.md"
     return f"{tables}\n\n{READING} [All cells, with plots]({link})."
 
 
-def long_report(results: dict[str, Result], plots: dict[str, list[str]]) -> str:
-    """`results/README.md`."""
+def long_report(
+    results: dict[str, Result], plots: dict[str, list[str]], grids: Iterable[Result] = ()
+) -> str:
+    """`results/README.md`: the grids' summaries first, their cells are elsewhere."""
     parts = [
         "# Results",
         "Written by `make report` from the newest complete run of each device; what the columns "
         "mean is in [../README.md](../README.md).",
     ]
+    for grid in grids:
+        parts += section(grid)
     for result in results.values():
         parts += [f"## {result.device}", machine(result), "### Geometric means", READING]
         parts.append(markdown(SUMMARY_COLUMNS, summary_cells(result), text_columns=3))
@@ -90,13 +103,21 @@ def with_block(text: str, new: str) -> str | None:
     return f"{before}{OPEN}\n{new}\n{CLOSE}{after}"
 
 
+def texts(results: dict[str, Result], folder: Path) -> dict[Path, str]:
+    """The files of the report in the folder of the results."""
+    grids = newest_grid(folder).values()
+    plots = {device: plot_names(result) for device, result in results.items()}
+    pages = {folder / page_name(grid): page(grid) for grid in grids if ours(grid)}
+    return {folder / "README.md": long_report(results, plots, grids)} | pages
+
+
 def stale(results: dict[str, Result], folder: Path, readme: Path) -> list[str]:
     """What would change if the report were written now."""
-    plots = {device: plot_names(result) for device, result in results.items()}
-    found = []
-    long = folder / "README.md"
-    if not long.is_file() or long.read_text() != long_report(results, plots):
-        found.append(str(long))
+    found = [
+        str(path)
+        for path, text in texts(results, folder).items()
+        if not path.is_file() or path.read_text() != text
+    ]
     text = readme.read_text() if readme.is_file() else ""
     if with_block(text, block(results)) not in (None, text):
         found.append(f"{readme} between {OPEN} and {CLOSE}")
@@ -105,13 +126,13 @@ def stale(results: dict[str, Result], folder: Path, readme: Path) -> list[str]:
 
 def write(results: dict[str, Result], folder: Path, readme: Path) -> list[Path]:
     """Write tables and plots; returns the files written."""
-    from plots import plot  # matplotlib is slow to import, and --check draws nothing
+    from plots import plot, plot_grid  # matplotlib is slow to import, and --check draws nothing
 
     written = [path for result in results.values() for path in plot(result, folder)]
-    plots = {device: plot_names(result) for device, result in results.items()}
-    long = folder / "README.md"
-    long.write_text(long_report(results, plots))
-    written.append(long)
+    written += [path for grid in newest_grid(folder).values() for path in plot_grid(grid, folder)]
+    for path, text in texts(results, folder).items():
+        path.write_text(text)
+        written.append(path)
     text = readme.read_text() if readme.is_file() else ""
     changed = with_block(text, block(results))
     if changed is None:
@@ -128,9 +149,13 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print this run of the grid")
     options = parser.parse_args()
+    if options.show is not None:
+        print_grid(load_grid(options.show), Console())
+        return 0
     results = newest(options.results)
-    if not results:
+    if not results and not newest_grid(options.results):
         print(f"no complete result in {options.results}; `make bench` makes one")
         return 0 if options.check else 1
     if options.check:

@@ -119,7 +119,8 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rule, *escaped))
 
 
-def _rich(title: str, columns: Sequence[str], text_columns: int = 1) -> Table:
+def rich_table(title: str, columns: Sequence[str], text_columns: int = 1) -> Table:
+    """An empty table for the terminal; all but the first columns are aligned to the right."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         justify = "left" if i < text_columns else "right"
@@ -129,7 +130,7 @@ def _rich(title: str, columns: Sequence[str], text_columns: int = 1) -> Table:
 
 def print_result(result: Result, console: Console) -> None:
     """All cells, the price of a call, and the geometric means."""
-    table = _rich("Ratios above 1: faster than the baseline of the column", COLUMNS)
+    table = rich_table("Ratios above 1: faster than the baseline of the column", COLUMNS)
     for rows in result.cells():
         table.add_row(Text(rows[0].case, style="bold"), rows[0].dtype, rows[0].mode)
         for row in rows:
@@ -140,15 +141,20 @@ def print_result(result: Result, console: Console) -> None:
             table.add_row(*map(Text, cells), style="red" if row.error or lost else None)
         table.add_section()
     host_columns, host_rows = host_table(result)
-    host = _rich("Host time of a call with next to no work", host_columns)
+    host = rich_table("Host time of a call with next to no work", host_columns)
     for cells in host_rows:
         host.add_row(*cells)
-    means = _rich(f"Geometric means (range, cells lost {LOST})", SUMMARY_COLUMNS, 3)
+    means = rich_table(f"Geometric means (range, cells lost {LOST})", SUMMARY_COLUMNS, 3)
     for cells in summary_cells(result):
         means.add_row(*cells)
+    print_tables((table, host, means), result, console)
+
+
+def print_tables(tables: Sequence[Table], result: Result, console: Console) -> None:
+    """Those that have rows, and the machine below."""
     # Piped output has no width of its own; a table that is cut says nothing.
     wide = console if console.is_terminal else Console(file=console.file, width=190)
-    for one in (table, host, means):
-        if one.row_count:
-            wide.print(one)
+    for table in tables:
+        if table.row_count:
+            wide.print(table)
     wide.print(machine(result), highlight=False, markup=False, soft_wrap=True)
