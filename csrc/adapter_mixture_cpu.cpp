@@ -91,7 +91,7 @@ struct Call {
 
  private:
   void copy_gate(const Tensor& gate_in) {
-    const Tensor source = gate_in.detach().to(at::kFloat).contiguous();
+    const Tensor source = gate_in.to(at::kFloat).contiguous();
     const float* from = source.const_data_ptr<float>();
     gate = at::empty({groups, adapters + 1}, at::kFloat);
     float* to = gate_data();
@@ -249,7 +249,7 @@ void add_up_bias_gradient(const Call& call, const Tensor& d_out, Tensor& d_b_up)
   char* to = (char*)gates.mutable_data_ptr();
   for (int64_t t = 0; t < call.tokens; t++, to += terms * gates.element_size()) {
     const float* gate = call.gate_data() + t / call.tokens_per_row() * (call.adapters + 1);
-    cpu::split_gate(cpu::kernels(), gate, call.adapters, call.bf16, to);
+    cpu::split_gate(gate, call.adapters, call.bf16, to);
   }
   const Tensor sums = at::empty({terms, call.h}, at::kFloat);
   const cpu::WeightGradient work{gates.const_data_ptr(),
@@ -266,10 +266,15 @@ void add_up_bias_gradient(const Call& call, const Tensor& d_out, Tensor& d_b_up)
 // b_down as float32 [N padded].
 const float* unit_bias(const Call& call, const OptionalTensor& b_down, Kept& kept) {
   if (!b_down) return nullptr;
-  Tensor bias = at::zeros({call.adapter_of_unit.size(0)}, at::kFloat);
-  bias.slice(0, 0, call.n).copy_(b_down->detach().reshape(-1));
+  const bool wide = b_down->scalar_type() == at::kDouble;
+  const Tensor source = (wide ? b_down->to(at::kFloat) : *b_down).contiguous();
+  const int64_t padded = call.adapter_of_unit.size(0);
+  const Tensor bias = at::empty({padded}, at::kFloat);
+  float* to = bias.mutable_data_ptr<float>();
+  cpu::kernels().to_f32[(int)cpu_dtype(source.scalar_type())](source.const_data_ptr(), call.n, to);
+  std::fill_n(to + call.n, padded - call.n, 0.f);
   kept.tensors.push_back(bias);
-  return bias.const_data_ptr<float>();
+  return to;
 }
 
 cpu::Walk new_walk(const Call& call) {

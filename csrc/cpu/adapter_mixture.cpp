@@ -265,7 +265,7 @@ class Runner {
     for (int64_t row = 0; row < rows; row++) {
       const float* gate = b.gate + (token + row) / b.tokens_per_row * b.gate_row;
       char* units = (char*)s.units + (row * plan_.units_row + w_.units) * element;
-      split_gate(k_, gate, w_.adapters, w_.bf16, units);
+      split_gate(gate, w_.adapters, w_.bf16, units);
       std::memset(units + (terms - w_.units) * element, 0,
                   size_t(std::min(round_up(terms, kPanel), plan_.units_row) - terms) * element);
     }
@@ -529,24 +529,25 @@ void run(const Kernels& kernels, const Walk& walk, int threads) {
   if (walk.d_gate != nullptr) sum_d_gate(walk, plan, runner.d_gate_parts(), d_gate);
 }
 
-void split_gate(const Kernels& kernels, const float* gate, int64_t adapters, bool bf16, void* out) {
+void split_gate(const float* gate, int64_t adapters, bool bf16, void* out) {
   if (!bf16) {
     std::memcpy(out, gate, size_t(adapters) * sizeof(float));
     return;
   }
-  // Each as the sum of two bfloat16, the upper ones first.
+  // Each as the sum of two bfloat16: the upper half of its bits, and what is left.
   uint16_t* parts = (uint16_t*)out;
   for (int64_t e = 0; e < adapters; e++) {
-    uint32_t bits;
+    uint32_t bits, rest_bits;
     std::memcpy(&bits, gate + e, sizeof bits);
     const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
     const uint32_t upper_bits = bits & 0xffff0000u;
     float upper;
     std::memcpy(&upper, &upper_bits, sizeof upper);
     const float rest = finite ? gate[e] - upper : 0.f;
+    std::memcpy(&rest_bits, &rest, sizeof rest_bits);
     // NaN keeps a bit of its mantissa among the upper ones.
     parts[e] = uint16_t(upper_bits >> 16 | (gate[e] != gate[e] ? 0x40 : 0));
-    kernels.from_f32[(int)Dtype::bf16](&rest, 1, parts + adapters + e);
+    parts[adapters + e] = uint16_t((rest_bits + 0x7fff + (rest_bits >> 16 & 1)) >> 16);
   }
 }
 

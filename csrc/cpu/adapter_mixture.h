@@ -58,7 +58,7 @@ inline int64_t gate_parts(bool bf16) { return bf16 ? 2 : 1; }
 void run(const Kernels& kernels, const Walk& walk, int threads);
 
 // The gates of one token as left side of a product with rows of b_up, see `has_up_bias`.
-void split_gate(const Kernels& kernels, const float* gate, int64_t adapters, bool bf16, void* out);
+void split_gate(const float* gate, int64_t adapters, bool bf16, void* out);
 
 // d_weight[units, width] = sum over tokens of units_t * x_t, for one or two weights at once. Sums
 // over tokens run in a fixed order, in blocks, in float32.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pemt_fast.ops import native
 from pemt_fast.ops.autograd import autocast_dtype, without_autocast
-from pemt_fast.ops.dispatch import resolve_impl
+from pemt_fast.ops.dispatch import CPU_KERNELS_ARE_FAST, resolve_impl
 from pemt_fast.ops.reference import adapter_mixture_reference
 from pemt_fast.ops.validation import check_adapter_mixture
 
@@ -127,10 +127,12 @@ def adapter_mixture_with_hidden(
 
 def takes_door(impl: str) -> bool:
     """Whether an eager call may try the quick way to the C++ kernels, which does all checks."""
-    if native.door is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return False
-    # Else the environment says what "auto" means.
-    return impl == "cpu" or (impl == "auto" and "PEMT_FAST_IMPL" not in os.environ)
+    if impl == "auto":
+        # Else the environment says what "auto" means.
+        return CPU_KERNELS_ARE_FAST and "PEMT_FAST_IMPL" not in os.environ
+    return impl == "cpu"
 
 
 def _call(

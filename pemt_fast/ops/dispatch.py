@@ -30,8 +30,12 @@ AUTO_TABLE = {"cpu": "cpu", "cuda": "torch"}
 # Implementation -> module with the pair forward / backward of `stacked.py`.
 _BACKENDS = {"torch": "pemt_fast.ops.stacked"}
 
-# A constant, so that a traced call does not ask again.
+# Constants, so that a traced call does not ask again.
+_EXTENSION = extension.load()
 _EXTENSION_MISSING = extension.missing_reason()
+
+# Without vector instructions our products are slower than those of torch; impl="cpu" still runs.
+CPU_KERNELS_ARE_FAST = _EXTENSION is not None and _EXTENSION.cpu_isa() != "plain"
 
 
 def unavailable_reasons(
@@ -59,6 +63,8 @@ def unavailable_reasons(
 def auto_impl(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """What `impl="auto"` means for `x` of `dtype` on `device`."""
     impl = AUTO_TABLE.get(device.type, "torch")
+    if impl == "cpu" and not CPU_KERNELS_ARE_FAST:
+        return "torch"
     return "torch" if unavailable_reasons(impl, device, dtype) else impl
 
 
