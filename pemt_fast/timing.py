@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times several ways to do the same thing against each other, in one process, interleaved.
 
-On a shared machine a single absolute time means little. Every round runs each candidate once, in
-turn, so that slow moments hit all of them; medians and minima over the rounds are compared.
+On a shared machine a single absolute time means little. Every round runs each candidate once, so
+that slow moments hit all of them, in an order of its own, since a call pays for the caches that the
+one before it leaves behind; medians and minima over the rounds are compared.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -31,8 +33,11 @@ def interleave(
             run()
             calls += 1
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    order, shuffle = list(candidates), random.Random(0).shuffle
     for _ in range(rounds):
-        for name, run in candidates.items():
+        shuffle(order)
+        for name in order:
+            run = candidates[name]
             if cuda:
                 torch.cuda.synchronize()
             started = time.perf_counter()
