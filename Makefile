@@ -7,21 +7,27 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
   $$python -c '$(USABLE)' 2>/dev/null && echo $$python && break; done)
 TORCH ?= torch==2.13.0
 ARGS ?=
+# 1: an extension that does not build is an error; 0: work without it (no C++ compiler needed).
+PEMT_FAST_BUILD ?= 1
 
 BIN := .venv/bin
 READY := .venv/.pemt_fast-ready
+BUILT := .venv/.pemt_fast-built
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+SOURCES := $(sort $(wildcard $(foreach kind,cpp h,csrc/*.$(kind) csrc/*/*.$(kind))))
+SANITIZED := build/sanitizers
+KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases,tests/test_$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench report test-gpu bench-gpu clean
+.PHONY: help venv build demo test test-sanitizers check format bench report test-gpu bench-gpu clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-venv: $(READY)  ## create .venv and install torch, then this package with its development tools
+venv: $(BUILT)  ## create .venv: torch, then this package with its development tools
 
-# torch comes before the package, so that the build below sees the torch it will run with.
-$(READY): pyproject.toml setup.py
+# torch comes before the package: the extension is compiled against the torch it will run with.
+$(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with its venv module found (Debian, Ubuntu: apt install python3-venv)." \
 	  "Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
 	@"$(PYTHON)" -c '$(USABLE)' || { echo "$(PYTHON) is not Python 3.11 or newer with its venv module:" \
@@ -32,33 +38,59 @@ $(READY): pyproject.toml setup.py
 	@$(PIP) install "$(TORCH)"
 	@echo "==> pemt_fast and its development tools"
 	@$(PIP) install "setuptools>=77" wheel
-	@$(PIP) install --no-build-isolation -e ".[dev]"
+	@PEMT_FAST_BUILD=0 $(PIP) install --no-build-isolation -e ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## train a tiny mixture and show which adapters its gate picks
+build: $(BUILT)  ## compile the C++ extension again if its sources have changed
+
+# Apart from the installation above, where pip would compile everything anew in a temporary folder
+# (and which removes the extension). Another torch changes its version.py, and its headers, which
+# ninja follows.
+$(BUILT): $(READY) setup.py $(SOURCES) $(wildcard .venv/lib/python3*/site-packages/torch/version.py)
+	@echo "==> extension pemt_fast._C"
+	@PEMT_FAST_BUILD=$(PEMT_FAST_BUILD) $(BIN)/python setup.py build_ext --inplace
+	@touch $@
+
+demo: $(BUILT)  ## train a tiny mixture and show which adapters its gate picks
 	@echo "==> demo"
 	@$(BIN)/pemt-fast demo $(ARGS)
 
-test: $(READY)  ## run the tests; those that need a GPU skip themselves where there is none
+test: $(BUILT)  ## run the tests; those that need a GPU skip themselves where there is none
 	@echo "==> tests"
 	@$(BIN)/pytest $(ARGS)
 
-check: $(READY)  ## lint, formatting and types
+# A copy of the package below build/, whose extension can only be loaded after its sanitizers;
+# libstdc++ comes along so that they see exceptions. A report names no test: ARGS=-v shows which it was.
+test-sanitizers: $(READY)  ## run the tests of the C++ kernels with AddressSanitizer and UBSan
+	@echo "==> extension with sanitizers in $(SANITIZED)"
+	@rm -rf $(SANITIZED)/lib; mkdir -p $(SANITIZED)
+	@PEMT_FAST_BUILD=1 PEMT_FAST_SANITIZE=address,undefined $(BIN)/python setup.py --quiet \
+	  egg_info --egg-base $(SANITIZED) build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@echo "==> tests with sanitizers"
+	@for library in libasan.so libubsan.so libstdc++.so.6; do \
+	  preload="$$preload $$($${CXX:-c++} -print-file-name=$$library)"; done; \
+	export PYTHONPATH=$(SANITIZED)/lib LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
+	$(BIN)/python -P -c "import torch, pemt_fast._C as C; assert '$(SANITIZED)' in C.__file__, C" && \
+	$(BIN)/pytest --capture=sys -k "cpu or extension" $(KERNEL_TESTS) $(ARGS)
+
+check: $(BUILT)  ## lint, formatting and types
 	@echo "==> ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
 	@$(BIN)/mypy
-	@sources=$$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'); \
-	if [ -n "$$sources" ]; then echo "==> clang-format"; PATH="$(BIN):$$PATH" clang-format --dry-run -Werror $$sources; fi
+	@echo "==> clang-format"
+	@$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
-format: $(READY)  ## rewrite the Python files the way `check` wants them
+format: $(READY)  ## rewrite the Python and C++ files the way `check` wants them
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(SOURCES)
 
 # A script path, not `python -m benchmarks.…`: -m would put the root, and with it the folder
 # kernels/, on sys.path, where Hugging Face's package of that name is looked for.
-bench: $(READY)  ## time the operator against its baselines
+bench: $(BUILT)  ## time the operator against its baselines
 	@echo "==> benchmark"
 	@$(BIN)/python benchmarks/bench_adapter_mixture.py $(ARGS)
 
@@ -66,14 +98,14 @@ report: $(READY)  ## make the tables and plots from benchmarks/results
 	@echo "==> report"
 	@$(BIN)/python benchmarks/report.py $(ARGS)
 
-test-gpu: $(READY)  ## run only the tests that need a GPU
+test-gpu: $(BUILT)  ## run only the tests that need a GPU
 	@echo "==> GPU tests"
 	@$(BIN)/pytest -m gpu $(ARGS)
 
-bench-gpu: $(READY)  ## the same benchmark on the GPU
+bench-gpu: $(BUILT)  ## the same benchmark on the GPU
 	@echo "==> benchmark on cuda"
 	@$(BIN)/python benchmarks/bench_adapter_mixture.py --device cuda $(ARGS)
 
 clean:  ## remove build products and caches; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist *.egg-info pemt_fast/_C[._]* $(BUILT) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

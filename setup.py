@@ -53,6 +53,7 @@ class BuildOrExplain(build_ext):
             # What an earlier build left does not belong to these sources.
             for stale in package.glob("_C.*"):
                 stale.unlink()
+            # Else strict editable installations look for the file.
             self.extensions = []
             reason = obstacle or (
                 "it could not be compiled; PEMT_FAST_BUILD=1 makes pip show the compiler's output "

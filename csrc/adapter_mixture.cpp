@@ -55,13 +55,15 @@ struct AdapterMixtureFunction : torch::autograd::Function<AdapterMixtureFunction
     const bool shared = with_hidden && !keeps_pre_activation(activation);
     const bool save = needs_hidden && !recompute && !shared;
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, hidden, saved] =
-        pemt_fast::forward(x, gate, w_down, w_up, b_down, b_up, base, ranks, activation, recompute,
-                           with_hidden, save);
+    auto [out, hidden, saved] = pemt_fast::forward(x, gate, w_down, w_up, b_down, b_up, base, ranks,
+                                                   activation, recompute, with_hidden, save);
     const bool keeps_hidden = shared && !recompute && needs_hidden;
     const bool keeps_x = needs_w_down || (needs_hidden && recompute);
     ctx->save_for_backward({keeps_x ? x : at::Tensor(), gate, w_down, w_up, or_empty(b_down),
-                            or_empty(b_up), keeps_hidden ? hidden : save ? saved : at::Tensor()});
+                            or_empty(b_up),
+                            keeps_hidden ? hidden
+                            : save       ? saved
+                                         : at::Tensor()});
     ctx->saved_data["ranks"] = ranks.vec();
     ctx->saved_data["activation"] = std::string(activation);
     if (base) ctx->saved_data["base_dtype"] = base->scalar_type();
@@ -94,9 +96,8 @@ struct AdapterMixtureFunction : torch::autograd::Function<AdapterMixtureFunction
           "pemt_fast::adapter_mixture_native_backward");
       at::AutoDispatchBelowADInplaceOrView guard;
       auto found = op.call(if_defined(grad_out), if_defined(grad_hidden), if_defined(saved[0]),
-                           saved[1], saved[2], saved[3], if_defined(saved[4]),
-                           if_defined(saved[5]), if_defined(saved[6]),
-                           ctx->saved_data["ranks"].toIntVector(),
+                           saved[1], saved[2], saved[3], if_defined(saved[4]), if_defined(saved[5]),
+                           if_defined(saved[6]), ctx->saved_data["ranks"].toIntVector(),
                            ctx->saved_data["activation"].toStringView(), needs);
       std::apply(
           [&](auto&... grad) {
@@ -116,7 +117,8 @@ struct AdapterMixtureFunction : torch::autograd::Function<AdapterMixtureFunction
       if (!result[i].defined()) continue;
       const auto error = std::make_shared<torch::autograd::DelayedError>(
           "trying to differentiate twice a function that was marked with @once_differentiable: "
-          "adapter_mixture has second derivatives only with impl=\"reference\"", 1);
+          "adapter_mixture has second derivatives only with impl=\"reference\"",
+          1);
       variable_list inputs{result[i].detach().requires_grad_()};
       result[i] = (*error)(std::move(inputs))[0];
     }
@@ -157,7 +159,7 @@ bool keeps_pre_activation(std::string_view activation) {
 }
 
 TORCH_LIBRARY_FRAGMENT(pemt_fast, m) {
-#define PEMT_FAST_INPUTS                                                                \
+#define PEMT_FAST_INPUTS                                                              \
   "Tensor x, Tensor gate, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, " \
   "Tensor? base, int[] ranks, str activation, bool recompute, bool with_hidden"
   m.def("adapter_mixture_native(" PEMT_FAST_INPUTS ") -> (Tensor out, Tensor hidden)");
@@ -171,9 +173,7 @@ TORCH_LIBRARY_FRAGMENT(pemt_fast, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(pemt_fast, Autograd, m) {
-  m.impl("adapter_mixture_native", &differentiable);
-}
+TORCH_LIBRARY_IMPL(pemt_fast, Autograd, m) { m.impl("adapter_mixture_native", &differentiable); }
 
 TORCH_LIBRARY_IMPL(pemt_fast, CPU, m) {
   m.impl("adapter_mixture_native", &adapter_mixture_cpu);

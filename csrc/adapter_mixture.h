@@ -32,11 +32,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> adapter_mixture_forward_cpu(
 // -> d_x, d_gate, d_w_down, d_w_up, d_b_down, d_b_up; empty where `needs` says no
 using Gradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-Gradients adapter_mixture_backward_cpu(
-    const OptionalTensor& grad_out, const OptionalTensor& grad_hidden, const OptionalTensor& x,
-    const at::Tensor& gate, const at::Tensor& w_down, const at::Tensor& w_up,
-    const OptionalTensor& b_down, const OptionalTensor& b_up, const OptionalTensor& saved,
-    at::IntArrayRef ranks, std::string_view activation, std::array<bool, 6> needs);
+Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
+                                       const OptionalTensor& grad_hidden, const OptionalTensor& x,
+                                       const at::Tensor& gate, const at::Tensor& w_down,
+                                       const at::Tensor& w_up, const OptionalTensor& b_down,
+                                       const OptionalTensor& b_up, const OptionalTensor& saved,
+                                       at::IntArrayRef ranks, std::string_view activation,
+                                       std::array<bool, 6> needs);
 
 // The differentiable operator, through the dispatcher. -> out, hidden
 std::tuple<at::Tensor, at::Tensor> adapter_mixture(

@@ -15,7 +15,8 @@ namespace {
 
 constexpr int64_t kWidePanel = 64;  // two pairs of tiles
 
-// The processor has the tiles and their bfloat16 products, and the system lets this process use them.
+// The processor has the tiles and their bfloat16 products, and the system lets this process use
+// them.
 bool has_amx() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;

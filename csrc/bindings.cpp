@@ -3,7 +3,8 @@
 // The Python module `pemt_fast._C`: a quick door to the operator, and what `pemt-fast info` shows.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
 #include <algorithm>
 
@@ -154,6 +155,7 @@ PyMethodDef kDoor[] = {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   add_amx_kernels();
   if (PyModule_AddFunctions(m.ptr(), kDoor) != 0) throw pybind11::error_already_set();
+  m.attr("torch_version") = TORCH_VERSION;
   m.def("cpu_isa", [] { return cpu::kernels().name; }, "The instruction set in use.");
   m.def("cpu_isas", &cpu::available_isas, "Instruction sets of this machine, the best one last.");
   m.def(

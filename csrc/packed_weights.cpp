@@ -3,7 +3,8 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/extension.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <array>
 #include <cstring>
@@ -124,8 +125,7 @@ Panels pack_weight(const cpu::Kernels& kernels, const WeightUse& use) {
     source = at::cat(parts);
   }
   const int64_t units = source.size(0);
-  const int64_t bytes =
-      cpu::packed_bytes(kernels, units, use.width, use.sums_over_width, use.bf16);
+  const int64_t bytes = cpu::packed_bytes(kernels, units, use.width, use.sums_over_width, use.bf16);
   const auto panels = std::make_shared<at::Tensor>(at::empty({bytes}, at::kByte));
   cpu::pack(kernels, source.const_data_ptr(), use.width, units, use.width, use.sums_over_width,
             use.bf16, panels->mutable_data_ptr(), at::get_num_threads());
@@ -139,14 +139,10 @@ Panels packed_weight(const cpu::Kernels& kernels, const WeightUse& use) {
   const auto storage_of = [](const at::Tensor* t) {
     return t ? (const void*)t->storage().unsafeGetStorageImpl() : nullptr;
   };
-  const Key key{storage_of(&w),
-                storage_of(use.more_rows),
-                w.storage_offset(),
-                use.more_rows ? use.more_rows->storage_offset() : 0,
-                use.units,
-                use.width,
-                &kernels,
-                (int)w.scalar_type() * 4 + use.sums_over_width * 2 + use.bf16};
+  const Key key{storage_of(&w),     storage_of(use.more_rows),
+                w.storage_offset(), use.more_rows ? use.more_rows->storage_offset() : 0,
+                use.units,          use.width,
+                &kernels,           (int)w.scalar_type() * 4 + use.sums_over_width * 2 + use.bf16};
   Entry seen{state_of(w), std::nullopt, nullptr};
   if (use.more_rows) seen.more_rows = state_of(*use.more_rows);
   Cache& cache = Cache::instance();

@@ -3,8 +3,8 @@
 // Frozen weights, packed for the CPU kernels once and kept while they do not change.
 //
 // An entry belongs to a storage, a place in it, and the version counter that torch raises at every
-// change in place. It goes when the tensor goes. Packed at first sight: which kernel runs, and so the
-// last bits of a result, must not depend on what was called before. Changes that torch does not
+// change in place. It goes when the tensor goes. Packed at first sight: which kernel runs, and so
+// the last bits of a result, must not depend on what was called before. Changes that torch does not
 // count (through `.data` or a NumPy view) are noticed by a few sampled elements.
 #pragma once
 

@@ -3,17 +3,22 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
+import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "pemt_fast"
@@ -41,6 +46,8 @@ BACKENDS = [
     "pemt_fast.ops.stacked",
     "pemt_fast.ops.native",
     "pemt_fast.kernels",
+    # Only pemt_fast/ops/extension.py loads it, by name; no import statement may.
+    "pemt_fast._C",
 ]
 
 # Loaded neither by `import pemt_fast` nor by using the operator: slow to import, or optional.
@@ -177,6 +184,7 @@ def test_kernels_import_nothing_else_of_the_package():
             ["pemt_fast.model"],
         ),
         ("pemt_fast.nn.gates", "from pemt_fast import get_model", ["pemt_fast.get_model"]),
+        ("pemt_fast.ops.native", "from pemt_fast import _C", ["pemt_fast._C"]),
         ("pemt_fast.nn.gates", "if TYPE_CHECKING:\n import pemt_fast.model", []),
         ("pemt_fast.nn.gates", "from pemt_fast import __version__", []),
         ("pemt_fast.nn.gates", "import transformers\nfrom .prompts import Prompt", []),
@@ -232,7 +240,7 @@ def test_import_after_torch_is_quick(import_runs):
     assert statistics.median(times_ms) < 100, times_ms
 
 
-# --- the tree and the wheel ----------------------------------------------------------------------
+# --- the tree ------------------------------------------------------------------------------------
 
 
 def test_readme_tree_exists():
@@ -261,22 +269,195 @@ def test_kernels_are_listed_as_soon_as_there_are_any():
     assert (f"{PACKAGE}.kernels" in listed_packages()) == has_kernels
 
 
-@pytest.mark.slow
-def test_wheel_holds_the_package_and_nothing_else(tmp_path):
-    # A copy, because a build leaves folders behind that a second build would pick up.
-    source = tmp_path / "source"
-    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=unwanted)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
-    done = subprocess.run(
-        [*command, "--wheel-dir", tmp_path, source], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+# --- wheels --------------------------------------------------------------------------------------
 
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+COMPILER = os.environ.get("CXX", "c++").split()[0]
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+needs_compiler = pytest.mark.skipif(
+    shutil.which(COMPILER) is None, reason=f"there is no C++ compiler ({COMPILER})"
+)
+
+SMOKE_TEST = """
+import json
+import pemt_fast
+from pemt_fast.testing import assert_matches_oracle, make_inputs
+found = {"file": pemt_fast.__file__}
+for impl in ("torch", "cpu"):
+    try:
+        assert_matches_oracle(lambda seed: make_inputs(2, 5, E=3, R=4, seed=seed), impl=impl)
+        found[impl] = "right"
+    except RuntimeError as error:
+        found[impl] = str(error)
+print(json.dumps(found))
+"""
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A program that must succeed; without what this session's environment says about builds."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PEMT_FAST_")}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def copied_sources(folder: Path) -> Path:
+    """A copy, because a build leaves folders behind that a second build would pick up."""
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    return shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=unwanted)
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """The wheel of this checkout; what an earlier build left in place must not get into it."""
+    source = copied_sources(folder)
+    (source / PACKAGE / f"_C{SUFFIX}").write_text("of an earlier build")
+    (source / PACKAGE / "_C_missing.txt").write_text("of an earlier build")
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps")
+    run(*pip, "--wheel-dir", folder, source, cwd=folder, **environment)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def compiled_wheel(tmp_path_factory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("compiled"), PEMT_FAST_BUILD="1")
+
+
+@pytest.fixture(scope="module")
+def plain_wheel(tmp_path_factory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("plain"), PEMT_FAST_BUILD="0")
+
+
+WHEELS = [
+    pytest.param("compiled_wheel", f"_C{SUFFIX}", marks=needs_compiler),
+    ("plain_wheel", "_C_missing.txt"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wheel", "extension"), WHEELS)
+def test_wheel_holds_the_package_and_nothing_else(wheel, extension, request):
+    names = zipfile.ZipFile(request.getfixturevalue(wheel)).namelist()
     expected = {name.replace(".", "/") + "/" for name in listed_packages()}
     assert {name[: name.rindex("/") + 1] for name in names if name.endswith(".py")} == expected
     assert f"{PACKAGE}/ops/reference.py" in names
-    assert f"{PACKAGE}/py.typed" in names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {PACKAGE}
+    others = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}
+    assert others == {f"{PACKAGE}/py.typed", f"{PACKAGE}/{extension}"}
+
+
+def smoke_test(wheel: Path, folder: Path) -> dict[str, str]:
+    """What the wheel does in a fresh environment, whose other packages are those of this one."""
+    venv.create(folder / "venv", symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
+    run(*pip, "--no-index", "--no-deps", wheel, cwd=folder)
+    packages = run(
+        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder
+    ).stdout.strip()
+    # The folder alone: .pth files in it, such as that of an editable installation, are not read.
+    Path(packages, "borrowed.pth").write_text(str(Path(torch.__file__).parents[1]))
+    found = json.loads(run(python, "-I", "-c", SMOKE_TEST, cwd=folder).stdout)
+    assert Path(found.pop("file")).is_relative_to(folder)
+    return found
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_wheel_with_the_extension_runs_in_a_fresh_environment(compiled_wheel, tmp_path):
+    assert smoke_test(compiled_wheel, tmp_path) == {"torch": "right", "cpu": "right"}
+
+
+@pytest.mark.slow
+def test_wheel_without_the_extension_runs_and_says_why_there_is_none(plain_wheel, tmp_path):
+    found = smoke_test(plain_wheel, tmp_path)
+    assert found["torch"] == "right"
+    assert "cannot run" in found["cpu"] and "PEMT_FAST_BUILD=0" in found["cpu"]
+
+
+@pytest.mark.slow
+def test_source_distribution_holds_the_sources_of_the_extension(tmp_path):
+    source = copied_sources(tmp_path)
+    setup = (sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path)
+    run(*setup, cwd=source, PEMT_FAST_BUILD="0")
+    (archive,) = tmp_path.glob("*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")]
+    assert {str(path.relative_to(ROOT)) for path in sources} <= names
+    assert "setup.py" in names
+
+
+# --- the build script ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_source(tmp_path) -> Path:
+    """The build script with an extension that compiles in no time."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / PACKAGE).mkdir()
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "module.cpp").write_text(
+        "#include <Python.h>\nPyMODINIT_FUNC PyInit__C() { return nullptr; }\n"
+    )
+    return tmp_path
+
+
+def build_in_place(source: Path, **environment: str) -> str:
+    """Build the extension beside the Python files; returns what was printed."""
+    done = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, **environment)
+    return done.stdout + done.stderr
+
+
+OBSTACLES = {
+    "left-out": ("", "", {"PEMT_FAST_BUILD": "0"}, "left out with PEMT_FAST_BUILD=0"),
+    "no-compiler": ("", "", {"CXX": "no-such-compiler"}, "no C++ compiler was found"),
+    "no-torch": ("torch.py", "raise ImportError('none here')", {}, "torch could not be imported"),
+    "bad-source": ("csrc/module.cpp", "#error not today", {}, "it could not be compiled"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "text", "environment", "reason"),
+    [
+        pytest.param(
+            *case, id=name, marks=needs_compiler if name in ("no-torch", "bad-source") else ()
+        )
+        for name, case in OBSTACLES.items()
+    ],
+)
+def test_extension_that_cannot_be_built_leaves_the_reason(
+    small_source, file, text, environment, reason
+):
+    earlier = small_source / PACKAGE / f"_C{SUFFIX}"
+    earlier.write_text("of an earlier build")
+    if file:
+        (small_source / file).write_text(text)
+    printed = build_in_place(small_source, **environment)
+    assert "pemt_fast._C is not built" in printed
+    assert reason in (small_source / PACKAGE / "_C_missing.txt").read_text()
+    assert not earlier.exists()
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_extension_that_is_required_and_cannot_be_built_is_an_error(small_source):
+    (small_source / "csrc" / "module.cpp").write_text("#error not today")
+    with pytest.raises(AssertionError, match="#error not today"):
+        build_in_place(small_source, PEMT_FAST_BUILD="1")
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_extension_that_is_built_removes_the_reason(small_source):
+    note = small_source / PACKAGE / "_C_missing.txt"
+    note.write_text("of an earlier build")
+    build_in_place(small_source)
+    assert (small_source / PACKAGE / f"_C{SUFFIX}").exists()
+    assert not note.exists()

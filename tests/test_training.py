@@ -10,6 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
 from pemt_fast import cli, load
 from pemt_fast.data import SYNTHETIC_TASKS, Splits, make_examples, synthetic_tokenizer
+from pemt_fast.ops import extension
 from pemt_fast.training.options import TrainOptions
 from pemt_fast.training.stages import Backbone, TaskData, train_source, train_target
 from pemt_fast.training.trainer import AdapterTrainer, last_complete_checkpoint
@@ -279,6 +280,15 @@ def test_bad_rows_end_before_anything_is_written(real_shape, tmp_path, capsys, r
 def test_info_lists_reasons(capsys):
     assert run_cli("info", "--json") == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["auto"]["cpu"] == "torch"
+    assert values["auto"]["cpu"] == ("cpu" if values["extension"]["built"] else "torch")
     assert values["unavailable"]["cpu"]["torch"] == []
     assert any("x is on cpu" in why for why in values["unavailable"]["cpu"]["cuda"])
+
+
+def test_info_shows_the_extension_or_why_there_is_none(capsys):
+    assert run_cli("info", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)["extension"]
+    assert shown["built"] == (shown["why_not"] is None)
+    assert shown["why_not"] == extension.missing_reason()
+    if shown["built"]:
+        assert shown["instruction_set"] in shown["instruction_sets"]

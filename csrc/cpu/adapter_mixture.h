@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The mixture on raw pointers: two products with a vector pass between them, for blocks of tokens
-// that are small enough for the second cache. Forward is x -> hidden units -> out with w_down, w_up;
-// the gradient of x is grad_out -> hidden units -> d_x with w_up, w_down: the same walk, another
-// pass. The arithmetic of a block is in kernels.h.
+// that are small enough for the second cache. Forward is x -> hidden units -> out with w_down,
+// w_up; the gradient of x is grad_out -> hidden units -> d_x with w_up, w_down: the same walk,
+// another pass. The arithmetic of a block is in kernels.h.
 #pragma once
 
 #include "kernels.h"
@@ -44,10 +44,11 @@ struct Walk {
   void* out = nullptr;
   const void* base = nullptr;
   int64_t base_row = 0;
-  Dtype base_dtype = Dtype::f32;   // `storage` or float32
+  Dtype base_dtype = Dtype::f32;  // `storage` or float32
   // b_up is one more unit for each adapter, whose activation is 1: its gate joins the hidden units
   // and its row of b_up joins w_up. So that the gate is not rounded to bfloat16 it then comes in
-  // `gate_parts` parts, and b_up as often: rows units ... units + gate_parts * adapters of `second`.
+  // `gate_parts` parts, and b_up as often: rows units ... units + gate_parts * adapters of
+  // `second`.
   bool has_up_bias = false;
 };
 

@@ -38,8 +38,8 @@ const Kernels& kernels();
 // Use another instruction set from now on. False if this machine does not have it.
 bool use_isa(const std::string& name);
 
-// Adds kernels that are made elsewhere (AMX: in the upper storey, on torch's own products). They are
-// preferred over the built-in ones if `best`.
+// Adds kernels that are made elsewhere (AMX: in the upper storey, on torch's own products). They
+// are preferred over the built-in ones if `best`.
 void add_isa(const Kernels& kernels, bool best);
 
 struct Caches {

@@ -3,6 +3,7 @@
 // The kernels for AVX2 with FMA and F16C.
 #if defined(__x86_64__)
 #include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
 

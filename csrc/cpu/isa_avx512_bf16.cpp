@@ -2,7 +2,12 @@
 //
 // The kernels for AVX-512 with products of bfloat16 pairs.
 #if defined(__x86_64__)
+// GCC 12 takes the undefined operand of unmasked intrinsics for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+
 #include <cstdint>
 #include <cstring>
 
@@ -13,7 +18,7 @@
 // standard library may be instantiated below: the linker could take that copy for all machines.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 
-// GCC 12 takes the undefined operand of unmasked intrinsics for a mistake of ours.
+// The same, where an intrinsic was inlined.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #define PEMT_ISA avx512_bf16

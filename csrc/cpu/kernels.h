@@ -60,14 +60,14 @@ struct UnitBlock {
   int64_t c_row;
   int64_t rows, columns;
   int64_t token, unit;
-  const float* gate;     // [G, gate_row], a row serves tokens_per_row tokens; zero-padded
+  const float* gate;  // [G, gate_row], a row serves tokens_per_row tokens; zero-padded
   int64_t gate_row;
   int64_t tokens_per_row;
   const int32_t* adapter_of_unit;  // [N padded to kBlockColumns]; padding names a zero gate
   const float* bias;               // [N padded] or null; forward
   void* gated;                     // of the first row, compute dtype, zero-filled up to padded
   int64_t gated_row;
-  int64_t padded;        // columns to write to `gated`: columns rounded up to a panel
+  int64_t padded;  // columns to write to `gated`: columns rounded up to a panel
   // Arrays [T, N] in the storage dtype, or null. Pointers are those of the whole array.
   int64_t n;
   void* saved;
@@ -96,7 +96,7 @@ struct Kernels {
   const char* name;
   int64_t panel_bf16;    // columns of a panel of pairs; panels of float32 have kPanel
   int64_t rows_at_once;  // of a product whose sums are used before they leave the first cache
-  bool bf16;      // bfloat16 products exist; otherwise bfloat16 is computed in float32
+  bool bf16;             // bfloat16 products exist; otherwise bfloat16 is computed in float32
   // A float32, C float32; B by layout and dtype.
   Multiply panels_f32;
   Multiply rows_f32[kDtypes];

@@ -4,8 +4,8 @@
 // arrays. Included once per isa_*.cpp. A column of `transposed` packing is a row of the weight.
 #pragma once
 
-// Transposes kLanes rows of kLanes units of 4 bytes: exchanges the off-diagonal halves, then those of
-// the quarters, and so on.
+// Transposes kLanes rows of kLanes units of 4 bytes: exchanges the off-diagonal halves, then those
+// of the quarters, and so on.
 static inline void transpose(vu* rows) {
 #pragma GCC unroll 4
   for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -68,8 +68,7 @@ static void pack_transposed_bf16(const uint16_t* source, int64_t row, int64_t n,
                                  int64_t first, uint16_t* panel, int64_t panel_row) {
   const int64_t columns = n - first < kPanel ? n - first : kPanel;
   pack_transposed_units(source + first * row, row, columns, k / 2, (k + 1) / 2, (uint32_t*)panel,
-                        panel_row / 2,
-                        [k](const uint16_t* from, int64_t i) {
+                        panel_row / 2, [k](const uint16_t* from, int64_t i) {
                           const uint32_t odd = 2 * i + 1 < k ? from[2 * i + 1] : 0u;
                           return from[2 * i] | odd << 16;
                         });
@@ -82,7 +81,8 @@ static void pack_f32(const float* source, int64_t row, int64_t n, int64_t k, int
     const float* from = source + i * row + first;
     for (int64_t v = 0; v < kPanelVectors; v++) {
       const int64_t left = columns - v * kLanes;
-      store(panel + i * panel_row + v * kLanes, left > 0 ? load_upto(from + v * kLanes, left) : vf{});
+      store(panel + i * panel_row + v * kLanes,
+            left > 0 ? load_upto(from + v * kLanes, left) : vf{});
     }
   }
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The vector passes over the float32 sums of a product, while these are in the first cache: bias,
-// activation, gate and one rounding between the two products, base and one rounding after the second.
-// Included once per isa_*.cpp. S is the dtype of the tensors, C that of the products.
+// activation, gate and one rounding between the two products, base and one rounding after the
+// second. Included once per isa_*.cpp. S is the dtype of the tensors, C that of the products.
 #pragma once
 
 constexpr int kBlockVectors = kBlockColumns / kLanes;

@@ -86,12 +86,18 @@ static void columns_f32(const Product& p, const TB* b, float* c, int64_t tail) {
     tile_f32<TB, kTileRows, NV, TAIL>(p, row, b, c, tail);
   }
   switch (p.m - row) {
-    case 5: return tile_f32<TB, kTileRows >= 5 ? 5 : 1, NV, TAIL>(p, row, b, c, tail);
-    case 4: return tile_f32<TB, kTileRows >= 4 ? 4 : 1, NV, TAIL>(p, row, b, c, tail);
-    case 3: return tile_f32<TB, kTileRows >= 3 ? 3 : 1, NV, TAIL>(p, row, b, c, tail);
-    case 2: return tile_f32<TB, kTileRows >= 2 ? 2 : 1, NV, TAIL>(p, row, b, c, tail);
-    case 1: return tile_f32<TB, 1, NV, TAIL>(p, row, b, c, tail);
-    default: return;
+    case 5:
+      return tile_f32<TB, kTileRows >= 5 ? 5 : 1, NV, TAIL>(p, row, b, c, tail);
+    case 4:
+      return tile_f32<TB, kTileRows >= 4 ? 4 : 1, NV, TAIL>(p, row, b, c, tail);
+    case 3:
+      return tile_f32<TB, kTileRows >= 3 ? 3 : 1, NV, TAIL>(p, row, b, c, tail);
+    case 2:
+      return tile_f32<TB, kTileRows >= 2 ? 2 : 1, NV, TAIL>(p, row, b, c, tail);
+    case 1:
+      return tile_f32<TB, 1, NV, TAIL>(p, row, b, c, tail);
+    default:
+      return;
   }
 }
 
@@ -118,8 +124,8 @@ static void multiply_f32(const Product& p) {
 
 // --- float32, B in rows, few rows of A -----------------------------------------------------------
 
-// KR rows of B are read at a time from left to right, which is how memory likes to be read; the sums
-// of all columns lie in C, which fits the first cache.
+// KR rows of B are read at a time from left to right, which is how memory likes to be read; the
+// sums of all columns lie in C, which fits the first cache.
 template <class TB, int MR, int KR>
 static void stream_f32(const Product& p, int64_t k, bool accumulate) {
   const float* a = (const float*)p.a + k * p.a_step;
@@ -158,11 +164,16 @@ static void stream_rows_f32(const Product& p) {
 template <class TB>
 static void rows_f32(const Product& p) {
   switch (p.m) {
-    case 1: return stream_rows_f32<TB, 1, 8>(p);
-    case 2: return stream_rows_f32<TB, 2, PEMT_ISA_LEVEL >= 2 ? 8 : 4>(p);
-    case 3: return stream_rows_f32<TB, 3, PEMT_ISA_LEVEL >= 2 ? 4 : 2>(p);
-    case 4: return stream_rows_f32<TB, 4, PEMT_ISA_LEVEL >= 2 ? 4 : 2>(p);
-    default: return multiply_f32<TB>(p);
+    case 1:
+      return stream_rows_f32<TB, 1, 8>(p);
+    case 2:
+      return stream_rows_f32<TB, 2, PEMT_ISA_LEVEL >= 2 ? 8 : 4>(p);
+    case 3:
+      return stream_rows_f32<TB, 3, PEMT_ISA_LEVEL >= 2 ? 4 : 2>(p);
+    case 4:
+      return stream_rows_f32<TB, 4, PEMT_ISA_LEVEL >= 2 ? 4 : 2>(p);
+    default:
+      return multiply_f32<TB>(p);
   }
 }
 

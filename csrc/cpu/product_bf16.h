@@ -54,12 +54,18 @@ static void columns_bf16(const Product& p, const uint16_t* b, float* c) {
   int64_t row = 0;
   for (; row + kTileRows <= p.m; row += kTileRows) tile_bf16<kTileRows, NV>(p, row, b, c);
   switch (p.m - row) {
-    case 5: return tile_bf16<5, NV>(p, row, b, c);
-    case 4: return tile_bf16<4, NV>(p, row, b, c);
-    case 3: return tile_bf16<3, NV>(p, row, b, c);
-    case 2: return tile_bf16<2, NV>(p, row, b, c);
-    case 1: return tile_bf16<1, NV>(p, row, b, c);
-    default: return;
+    case 5:
+      return tile_bf16<5, NV>(p, row, b, c);
+    case 4:
+      return tile_bf16<4, NV>(p, row, b, c);
+    case 3:
+      return tile_bf16<3, NV>(p, row, b, c);
+    case 2:
+      return tile_bf16<2, NV>(p, row, b, c);
+    case 1:
+      return tile_bf16<1, NV>(p, row, b, c);
+    default:
+      return;
   }
 }
 
@@ -136,8 +142,8 @@ static void dots_bf16(const Product& p) {
 
 // --- B as rows along n ---------------------------------------------------------------------------
 
-// Two rows of 32 columns are interleaved to pairs in registers. That leaves the columns of a pair of
-// vectors in the order 0-3, 8-11, 16-19, 24-27 and 4-7, 12-15, ...
+// Two rows of 32 columns are interleaved to pairs in registers. That leaves the columns of a pair
+// of vectors in the order 0-3, 8-11, 16-19, 24-27 and 4-7, 12-15, ...
 struct Interleaved {
   __m512 low, high;
 };
@@ -158,8 +164,8 @@ static inline void store_interleaved(float* c, Interleaved sums) {
   _mm512_storeu_ps(c + kLanes, _mm512_permutex2var_ps(sums.low, second, sums.high));
 }
 
-// KP pairs of rows of B at a time, from left to right; see stream_f32. `odd` is false where the last
-// pair lacks its second row.
+// KP pairs of rows of B at a time, from left to right; see stream_f32. `odd` is false where the
+// last pair lacks its second row.
 template <int MR, int KP>
 static void stream_bf16(const Product& p, int64_t k, bool odd, bool accumulate) {
   const uint16_t* a = (const uint16_t*)p.a + k;
@@ -181,8 +187,7 @@ static void stream_bf16(const Product& p, int64_t k, bool odd, bool accumulate) 
     for (int j = 0; j < KP; j++) {
       const uint16_t* b_j = b + 2 * j * p.b_row + column;
       const __m512i even = (__m512i)load_bf16(b_j, count);
-      const __m512i next =
-          odd ? (__m512i)load_bf16(b_j + p.b_row, count) : _mm512_setzero_si512();
+      const __m512i next = odd ? (__m512i)load_bf16(b_j + p.b_row, count) : _mm512_setzero_si512();
       const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, next);
       const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(even, next);
 #pragma GCC unroll 8
@@ -216,8 +221,8 @@ static void rows_tile_bf16(const Product& p, int64_t row, int64_t column, int64_
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++) {
     float* c = p.c + (row + i) * p.c_row + column;
-    sums[i] = p.accumulate ? load_interleaved(c)
-                           : Interleaved{_mm512_setzero_ps(), _mm512_setzero_ps()};
+    sums[i] =
+        p.accumulate ? load_interleaved(c) : Interleaved{_mm512_setzero_ps(), _mm512_setzero_ps()};
   }
   for (int64_t k = 0; k < p.k; k += 2) {
     const bool odd = k + 1 < p.k;
@@ -241,11 +246,16 @@ static void rows_tile_bf16(const Product& p, int64_t row, int64_t column, int64_
 
 static void rows_bf16(const Product& p) {
   switch (p.m) {
-    case 1: return stream_rows_bf16<1, 4>(p);
-    case 2: return stream_rows_bf16<2, 4>(p);
-    case 3: return stream_rows_bf16<3, 2>(p);
-    case 4: return stream_rows_bf16<4, 2>(p);
-    default: break;
+    case 1:
+      return stream_rows_bf16<1, 4>(p);
+    case 2:
+      return stream_rows_bf16<2, 4>(p);
+    case 3:
+      return stream_rows_bf16<3, 2>(p);
+    case 4:
+      return stream_rows_bf16<4, 2>(p);
+    default:
+      break;
   }
   for (int64_t column = 0; column < p.n; column += kPairLanes) {
     const int64_t count = p.n - column;

@@ -92,7 +92,9 @@ static inline void store(f16* p, vf v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif PEMT_ISA_LEVEL == 1
-static inline vf load(const f16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline vf load(const f16* p) {
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
 static inline void store(f16* p, vf v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }

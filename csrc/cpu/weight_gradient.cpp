@@ -1,19 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Gradients of the weights: [units, tokens] * [tokens, width]. The sum runs over tokens, many more
-// than either size of the result, in blocks whose rows of x are packed into the first cache. Threads
-// own different parts of the result: nothing is added across threads.
+// than either size of the result, in blocks whose rows of x are packed into the first cache.
+// Threads own different parts of the result: nothing is added across threads.
 #include <algorithm>
 
-#include "adapter_mixture.h"
 #include "isa.h"
+#include "plan.h"
 #include "threads.h"
 
 namespace pemt_fast::cpu {
 namespace {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t kMostUnits = 384;  // of a task: 96 KiB of sums
 constexpr int64_t kTaskUnits = 6;    // a multiple of the rows of a register tile
@@ -97,7 +94,7 @@ void convert_units(const Kernels& k, const Sizes& z, const WeightGradient& g, in
   if (!z.bf16) {
     const int64_t at = token * z.units;
     k.to_f32[(int)g.units_dtype]((const char*)values + at * size_of(g.units_dtype), count * z.units,
-                             (float*)out + at);
+                                 (float*)out + at);
     return;
   }
   if (z.transposed) {
@@ -125,7 +122,13 @@ void convert_units(const Kernels& k, const Sizes& z, const WeightGradient& g, in
 
 void run(const Kernels& kernels, const WeightGradient* gradients, int count, int64_t tokens,
          int64_t units, Dtype storage, bool bf16, int threads) {
-  Sizes z{tokens, units, 0, 0, storage, bf16, bf16 && kernels.panel_bf16 != kPanel,
+  Sizes z{tokens,
+          units,
+          0,
+          0,
+          storage,
+          bf16,
+          bf16 && kernels.panel_bf16 != kPanel,
           round_up(tokens, 2)};
   // Token blocks: the packed columns of x take about two thirds of the first cache.
   z.token_step =
@@ -140,9 +143,8 @@ void run(const Kernels& kernels, const WeightGradient* gradients, int count, int
   z.task_units = round_up(ceil_div(units, cuts), kTaskUnits);
   const int64_t unit_tasks = ceil_div(units, z.task_units);
 
-  const size_t converted_units = converts ? Workspace::round_up(size_t(round_up(tokens, 2) * units) *
-                                                                (bf16 ? 2 : 4))
-                                          : 0;
+  const size_t converted_units =
+      converts ? Workspace::round_up(size_t(round_up(tokens, 2) * units) * (bf16 ? 2 : 4)) : 0;
   const size_t sums = Workspace::round_up(size_t(z.task_units * kBlockColumns) * 4);
   const size_t converted = Workspace::round_up(size_t(z.token_step * kBlockColumns) * 4);
   const size_t each = sums + 2 * converted;
@@ -172,10 +174,10 @@ void run(const Kernels& kernels, const WeightGradient* gradients, int count, int
         column -= round_up(gradients[which++].width, kBlockColumns);
       }
       const int64_t unit = i % unit_tasks * z.task_units;
-      const Task task{gradients + which,
-                      converts ? unit_values + size_t(which) * converted_units
-                               : gradients[which].unit_values,
-                      column, unit, std::min(z.task_units, units - unit)};
+      const Task task{
+          gradients + which,
+          converts ? unit_values + size_t(which) * converted_units : gradients[which].unit_values,
+          column, unit, std::min(z.task_units, units - unit)};
       run_task(kernels, z, task, (float*)own, (float*)(own + sums), own + sums + converted);
     }
     kernels.release();

@@ -34,7 +34,12 @@ def missing_reason() -> str | None:
 @functools.lru_cache(maxsize=1)
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module(NAME), None
+        module = importlib.import_module(NAME)
+        built_for, here = module.torch_version, torch.__version__.partition("+")[0]
+        if built_for != here:
+            reason = f"the extension {NAME} was built for torch {built_for}, this is {here}"
+            return None, f"{reason}; {REBUILD}"
+        return module, None
     except ModuleNotFoundError:
         if NOTE.is_file():
             reason = NOTE.read_text(encoding="utf-8").strip()
