@@ -25,7 +25,7 @@ const at::Tensor* tensor_of(PyObject* object) {
 
 bool is_supported(const at::Tensor& t, bool parameter) {
   const auto type = t.scalar_type();
-  return t.device().is_cpu() && t.layout() == at::kStrided &&
+  return t.device().is_cpu() && t.layout() == at::kStrided && !t.is_nested() &&
          (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf ||
           (parameter && type == at::kDouble));
 }
@@ -107,7 +107,10 @@ bool read(PyObject* const* args, Arguments& a) {
   }
   Py_ssize_t length = 0;
   const char* text = PyUnicode_Check(args[7]) ? PyUnicode_AsUTF8AndSize(args[7], &length) : nullptr;
-  if (text == nullptr) return false;
+  if (text == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
   a.activation = std::string_view(text, (size_t)length);
   return std::find(std::begin(kActivations), std::end(kActivations), a.activation) !=
          std::end(kActivations);

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <mutex>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace pemt_fast {
 namespace {
@@ -20,14 +21,14 @@ constexpr int64_t kLookupsPerSweep = 256;
 
 struct Key {
   const void *storage, *more_storage;
-  int64_t offset, more_offset, units, width;
+  int64_t offset, more_offset, units, more_units, width;
   const cpu::Kernels* kernels;
   int flags;  // dtype of the weight, direction, compute dtype
 
   bool operator==(const Key& o) const {
     return storage == o.storage && more_storage == o.more_storage && offset == o.offset &&
-           more_offset == o.more_offset && units == o.units && width == o.width &&
-           kernels == o.kernels && flags == o.flags;
+           more_offset == o.more_offset && units == o.units && more_units == o.more_units &&
+           width == o.width && kernels == o.kernels && flags == o.flags;
   }
 };
 
@@ -64,6 +65,7 @@ struct Entry {
 struct Cache {
   std::mutex mutex;
   std::unordered_map<Key, Entry, KeyHash> entries;
+  std::unordered_set<const void*> watched;  // storages whose tensor says when it goes
   int64_t lookups = 0;
 
   // Never destroyed: tensors may go after the static objects of this library.
@@ -80,6 +82,7 @@ struct Cache {
 
   void erase_storage(const void* storage) {
     std::lock_guard<std::mutex> lock(mutex);
+    watched.erase(storage);
     for (auto it = entries.begin(); it != entries.end();) {
       const Key& key = it->first;
       const bool gone = key.storage == storage || key.more_storage == storage;
@@ -104,6 +107,11 @@ State state_of(const at::Tensor& tensor) {
 void erase_with(const at::Tensor& weight) {
   if (weight.is_view()) return;
   const void* storage = weight.storage().unsafeGetStorageImpl();
+  {
+    Cache& cache = Cache::instance();
+    std::lock_guard<std::mutex> lock(cache.mutex);
+    if (!cache.watched.insert(storage).second) return;
+  }
   pybind11::gil_scoped_acquire gil;
   const auto object = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(weight));
   pybind11::weakref(object, pybind11::cpp_function([storage](pybind11::handle reference) {
@@ -139,10 +147,15 @@ Panels packed_weight(const cpu::Kernels& kernels, const WeightUse& use) {
   const auto storage_of = [](const at::Tensor* t) {
     return t ? (const void*)t->storage().unsafeGetStorageImpl() : nullptr;
   };
-  const Key key{storage_of(&w),     storage_of(use.more_rows),
-                w.storage_offset(), use.more_rows ? use.more_rows->storage_offset() : 0,
-                use.units,          use.width,
-                &kernels,           (int)w.scalar_type() * 4 + use.sums_over_width * 2 + use.bf16};
+  const Key key{storage_of(&w),
+                storage_of(use.more_rows),
+                w.storage_offset(),
+                use.more_rows ? use.more_rows->storage_offset() : 0,
+                use.units,
+                use.more_rows ? use.more_rows->size(0) : 0,
+                use.width,
+                &kernels,
+                (int)w.scalar_type() * 4 + use.sums_over_width * 2 + use.bf16};
   Entry seen{state_of(w), std::nullopt, nullptr};
   if (use.more_rows) seen.more_rows = state_of(*use.more_rows);
   Cache& cache = Cache::instance();
