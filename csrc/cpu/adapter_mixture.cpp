@@ -9,7 +9,7 @@ namespace pemt_fast::cpu {
 namespace {
 
 // Sums the parts of d_gate in a fixed order.
-void sum_d_gate(const Walk& w, const Plan& plan, int64_t parts, const float* d_gate) {
+void sum_d_gate(const Walk& w, const Plan& plan, int64_t parts, const double* d_gate) {
   const int64_t groups = w.tokens / w.block.tokens_per_row;
   const int64_t part_size = plan.blocks * plan.runs * w.adapters;
   std::vector<double> sums(size_t(w.adapters));
@@ -18,9 +18,9 @@ void sum_d_gate(const Walk& w, const Plan& plan, int64_t parts, const float* d_g
     const int64_t first = g * w.block.tokens_per_row, last = first + w.block.tokens_per_row - 1;
     for (int64_t block = first / plan.rows; block <= last / plan.rows; block++) {
       const int64_t run = g - block * plan.rows / w.block.tokens_per_row;
-      const float* part = d_gate + (block * plan.runs + run) * w.adapters;
+      const double* part = d_gate + (block * plan.runs + run) * w.adapters;
       for (int64_t i = 0; i < parts; i++, part += part_size) {
-        for (int64_t e = 0; e < w.adapters; e++) sums[size_t(e)] += double(part[e]);
+        for (int64_t e = 0; e < w.adapters; e++) sums[size_t(e)] += part[e];
       }
     }
     for (int64_t e = 0; e < w.adapters; e++) w.d_gate[g * w.adapters + e] = float(sums[size_t(e)]);
@@ -36,13 +36,13 @@ void run(const Kernels& kernels, const Walk& walk, int threads) {
   const int team = plan.parallel ? threads : 1;
   const size_t each = runner.scratch_bytes();
   const size_t units = plan.fused ? 0 : runner.units_bytes();
-  const size_t d_gate_bytes = size_t(runner.d_gate_size()) * sizeof(float);
+  const size_t d_gate_bytes = size_t(runner.d_gate_size()) * sizeof(double);
   char* memory =
       (char*)Workspace::of_this_thread().reserve(each * size_t(team) + units + d_gate_bytes);
   void* shared_units = memory + each * size_t(team);
-  float* d_gate = nullptr;
+  double* d_gate = nullptr;
   if (walk.d_gate != nullptr) {
-    d_gate = (float*)((char*)shared_units + units);
+    d_gate = (double*)((char*)shared_units + units);
     std::memset(d_gate, 0, d_gate_bytes);
   }
 

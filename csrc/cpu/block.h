@@ -76,12 +76,12 @@ class Runner {
     return s;
   }
 
-  void block(int64_t index, const Scratch& s, float* d_gate) const {
+  void block(int64_t index, const Scratch& s, double* d_gate) const {
     const int64_t token = index * plan_.rows;
     const int64_t rows = std::min(plan_.rows, w_.tokens - token);
     const void* x = convert(token, rows, s);
     int64_t ranges = find_ranges(token, rows, s);
-    float* part = d_gate ? d_gate + index * plan_.runs * w_.adapters : nullptr;
+    double* part = d_gate ? d_gate + index * plan_.runs * w_.adapters : nullptr;
     unit_columns(x, token, rows, 0, w_.units, ranges, s, part);
     if (part && w_.has_gate_bias) gate_bias(x, token, rows, s, part);
     if (w_.out == nullptr) return;
@@ -91,10 +91,10 @@ class Runner {
     }
   }
 
-  void unit_task(int64_t task, const Scratch& s, float* d_gate) const {
+  void unit_task(int64_t task, const Scratch& s, double* d_gate) const {
     const void* x = convert(0, w_.tokens, s);
     const int64_t first = task * plan_.unit_columns;
-    float* part = d_gate ? d_gate + task * plan_.runs * w_.adapters : nullptr;
+    double* part = d_gate ? d_gate + task * plan_.runs * w_.adapters : nullptr;
     if (first >= w_.units) return gate_bias(x, 0, w_.tokens, s, part);
     unit_columns(x, 0, w_.tokens, first, std::min(first + plan_.unit_columns, w_.units),
                  find_ranges(0, w_.tokens, s), s, part);
@@ -203,7 +203,7 @@ class Runner {
 
   // The units of [first, last) that are in use, in blocks of columns.
   void unit_columns(const void* x, int64_t token, int64_t rows, int64_t first, int64_t last,
-                    int64_t ranges, const Scratch& s, float* d_gate) const {
+                    int64_t ranges, const Scratch& s, double* d_gate) const {
     for (int64_t i = 0; i < ranges; i++) {
       const int64_t begin = std::max(first, s.ranges[i].begin);
       const int64_t end = std::min(last, s.ranges[i].end);
@@ -290,7 +290,7 @@ class Runner {
 
   // d_gate += x * b_up^T, summed over the tokens of each run.
   void gate_bias(const void* x, int64_t token, int64_t rows, const Scratch& s,
-                 float* d_gate) const {
+                 double* d_gate) const {
     Range ranges[kMostSteps];
     const int64_t count = input_ranges(w_.gate_bias, rows, ranges);
     const int64_t per_row = w_.block.tokens_per_row;
@@ -309,7 +309,7 @@ class Runner {
   }
 
   void units(const void* x, int64_t token, int64_t rows, int64_t first, int64_t last,
-             const Scratch& s, float* d_gate) const {
+             const Scratch& s, double* d_gate) const {
     const int64_t c_row = round_up(last - first, kBlockColumns);
     Range ranges[kMostSteps];
     const int64_t count = input_ranges(w_.first, rows, ranges);

@@ -75,7 +75,7 @@ struct UnitBlock {
   const void* d_hidden;  // backward: gradient of the hidden output
   void* d_z;             // backward: kept for the weight gradients
   void* kept_gated;      // backward: act * gate, kept for the gradient of w_up
-  float* d_gate;         // backward: [runs of equal gate rows in these rows, E], or null
+  double* d_gate;        // backward: [runs of equal gate rows in these rows, E], or null
   int64_t d_gate_row;
 };
 using UnitPass = void (*)(const UnitBlock&);

@@ -93,7 +93,7 @@ static void forward_pass(const UnitBlock& b) {
 
 // Adds the sum over each adapter's units of a block to its entry of `d_gate`.
 static inline void add_by_adapter(const vf* products, const int32_t* adapter, int64_t columns,
-                                  float* d_gate) {
+                                  double* d_gate) {
   vf pending = vf{};
   int32_t pending_adapter = adapter[0];
   for (int v = 0; v * kLanes < columns; v++) {
@@ -172,7 +172,7 @@ static void backward_part(const UnitBlock& b, C* gated) {
       if (kept) kept += b.n;
     }
     if (b.d_gate) {
-      float* d_gate = b.d_gate + (gate_row - first_gate_row) * b.d_gate_row;
+      double* d_gate = b.d_gate + (gate_row - first_gate_row) * b.d_gate_row;
       add_by_adapter(products, adapter, columns, d_gate);
     }
   }

@@ -13,7 +13,8 @@ namespace pemt_fast::cpu {
 namespace {
 
 constexpr int64_t kMostUnits = 384;  // of a task: 96 KiB of sums
-constexpr int64_t kTaskUnits = 6;    // a multiple of the rows of a register tile
+constexpr int64_t kFewUnits = 64;
+constexpr int64_t kTaskUnits = 6;  // a multiple of the rows of a register tile
 
 struct Task {
   const WeightGradient* gradient;
@@ -130,9 +131,11 @@ void run(const Kernels& kernels, const WeightGradient* gradients, int count, int
           bf16,
           bf16 && kernels.panel_bf16 != kPanel,
           round_up(tokens, 2)};
-  // Token blocks: the packed columns of x take about two thirds of the first cache.
+  // Token blocks: the packed columns of x take about two thirds of the first cache. Where there are
+  // few units the float32 sums can afford to be shorter, which rounds better.
   z.token_step =
       std::max<int64_t>(caches().l1 * 2 / 3 / (kBlockColumns * (bf16 ? 2 : 4)) / 32 * 32, 64);
+  if (!bf16 && units <= kFewUnits) z.token_step = 32;
   const bool converts = bf16 || gradients[0].units_dtype != Dtype::f32;
   if (double(tokens) * double(units) * double(gradients[0].width) < 1 << 18) threads = 1;
 
