@@ -216,13 +216,13 @@ Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
   Call call(first.scalar_type(), rows_of(first.sizes()), gate, w_down, w_up, ranks);
   Parameters p = parameters(w_down, w_up, b_down, b_up, true);
   const bool quarantined = quarantine(call, p, false);
-  const Tensor none = at::empty({0}, first.options());
+  // A new one each time: results of an operator must not share memory.
+  const auto none = [&] { return at::empty({0}, first.options()); };
   Tensor d_out;  // [T, H]
   if (grad_out) d_out = as_rows(*grad_out, call.tokens, call.h);
 
-  Tensor d_x = needs[kX] ? at::empty(with_last(first.sizes(), call.d), first.options()) : none;
-  Tensor d_gate = none;
-  if (needs[kGate]) d_gate = at::zeros({call.groups, call.adapters}, at::kFloat);
+  Tensor d_x = needs[kX] ? at::empty(with_last(first.sizes(), call.d), first.options()) : none();
+  Tensor d_gate = needs[kGate] ? at::zeros({call.groups, call.adapters}, at::kFloat) : none();
   UnitGradients units;
   if (std::any_of(needs.begin(), needs.begin() + kBUp, [](bool need) { return need; })) {
     units = walk_back(call, p, d_out, grad_hidden, x, saved, activation, needs, d_x, d_gate);
@@ -245,12 +245,12 @@ Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
   Tensor d_w_up = new_gradient(needs[kWUp] && grad_out, w_up);
   weight_gradients(call, units, d_out, x, d_w_down, d_w_up);
   const auto finished = [&](const Tensor& grad, int input, const Tensor& weight) {
-    if (!needs[input]) return none;
+    if (!needs[input]) return none();
     return grad.defined() ? grad.to(weight.scalar_type())
                           : at::zeros(weight.sizes(), weight.options());
   };
 
-  Tensor d_b_down = none, d_b_up = none;
+  Tensor d_b_down = none(), d_b_up = none();
   if (needs[kBDown]) {
     d_b_down =
         units.d_z.sum(0, false, at::kFloat).reshape(b_down->sizes()).to(b_down->scalar_type());
