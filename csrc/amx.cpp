@@ -4,6 +4,8 @@
 #include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
+
 #include "cpu/isa.h"
 
 #if defined(__x86_64__)
@@ -29,11 +31,15 @@ bool has_amx() {
 
 // One terms more than asked for where their number is odd: both sides have a zero there.
 void multiply(const cpu::Product& p) {
-  const int64_t columns = (p.n + cpu::kPanel - 1) / cpu::kPanel * cpu::kPanel;
   const int64_t terms = p.k + p.k % 2;
   if (terms == 0) return;
-  at::native::cpublas::brgemm(p.m, columns, terms, p.a_row, kWidePanel, p.c_row, p.accumulate,
-                              (const at::BFloat16*)p.a, (const at::BFloat16*)p.b, p.c, true);
+  const auto* b = (const at::BFloat16*)p.b;
+  for (int64_t column = 0; column < p.n; column += kWidePanel, b += p.b_panel) {
+    const int64_t left = std::min(kWidePanel, p.n - column);
+    const int64_t columns = (left + cpu::kPanel - 1) / cpu::kPanel * cpu::kPanel;
+    at::native::cpublas::brgemm(p.m, columns, terms, p.a_row, kWidePanel, p.c_row, p.accumulate,
+                                (const at::BFloat16*)p.a, b, p.c + column, true);
+  }
 }
 
 }  // namespace

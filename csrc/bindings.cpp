@@ -86,8 +86,8 @@ bool read(PyObject* const* args, Arguments& a) {
       !supported(a.base) || x.dim() < 1 || !read_ranks(args[10], w_down, a.ranks)) {
     return false;
   }
-  const int64_t adapters = (int64_t)a.ranks.size(), h = w_up.size(-1);
   if (w_up.dim() != w_down.dim() || x.size(-1) != w_down.size(-1)) return false;
+  const int64_t adapters = (int64_t)a.ranks.size(), h = w_up.size(-1);
   for (int64_t i = 0; i + 1 < w_down.dim(); i++) {
     if (w_up.size(i) != w_down.size(i)) return false;
   }

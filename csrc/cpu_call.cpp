@@ -133,7 +133,7 @@ Parameters parameters(const Tensor& w_down, const Tensor& w_up, const OptionalTe
     return dense(t.scalar_type() == at::kDouble ? t.to(at::kFloat) : t);
   };
   Parameters p{readable(w_down), readable(w_up), b_down, b_up, false, false};
-  if (b_up) p.b_up = dense(*b_up);
+  if (b_up) p.b_up = readable(*b_up);
   const auto frozen = [&](const Tensor& given, const Tensor& used) {
     return given.is_same(used) && !(training && given.requires_grad());
   };

@@ -26,6 +26,14 @@ static inline vf exponential(vf x) {
 
 static inline vf sigmoid(vf x) { return 1.f / (1.f + exponential(-x)); }
 
+// The same, and 1 - sigmoid(x) without the cancellation.
+static inline vf sigmoid(vf x, vf& complement) {
+  const vf e = exponential(-x);
+  const vf s = 1.f / (1.f + e);
+  complement = e * s;
+  return s;
+}
+
 // Phi(z), the normal distribution function, and exp(-z^2 / 2).
 static inline vf normal_distribution(vf z, vf& density) {
   const vf t = z * 0.70710678118654752f;
@@ -80,15 +88,17 @@ static inline vf derivative(vf saved, vf& activated) {
   activated = saved;
   if constexpr (A == Activation::relu) return saved <= 0.f ? vf{} : splat(1.f);
   if constexpr (A == Activation::silu) {
-    const vf s = sigmoid(saved);
+    vf complement;
+    const vf s = sigmoid(saved, complement);
     activated = saved * s;
-    return s * (1.f + saved * (1.f - s));
+    return s * (1.f + saved * complement);
   }
   if constexpr (A == Activation::gelu_tanh) {
-    const vf s = sigmoid(tanh_argument(saved));
+    vf complement;
+    const vf s = sigmoid(tanh_argument(saved), complement);
     activated = saved * s;
     const vf slope = 1.5957691216057308f + 0.21406444881478967f * saved * saved;
-    return s * (1.f + saved * (1.f - s) * slope);
+    return s * (1.f + saved * complement * slope);
   }
   if constexpr (A == Activation::gelu) {
     vf density;

@@ -31,7 +31,7 @@ void sum_d_gate(const Walk& w, const Plan& plan, int64_t parts, const double* d_
 
 void run(const Kernels& kernels, const Walk& walk, int threads) {
   if (walk.tokens == 0) return;
-  const Plan plan = make_plan(walk, threads);
+  const Plan plan = make_plan(kernels, walk, threads);
   const Runner runner(kernels, walk, plan);
   const int team = plan.parallel ? threads : 1;
   const size_t each = runner.scratch_bytes();

@@ -111,7 +111,9 @@ static inline void add_by_adapter(const vf* products, const int32_t* adapter, in
     store(lanes, products[v]);
     float total = 0.f;
     int32_t current = of[0];
-    for (int i = 0; i < kLanes; i++) {
+    // Lanes beyond the columns hold whatever an earlier product left there.
+    const int64_t count = columns - v * kLanes < kLanes ? columns - v * kLanes : kLanes;
+    for (int i = 0; i < count; i++) {
       if (of[i] != current) {
         d_gate[current] += total;
         total = 0.f;

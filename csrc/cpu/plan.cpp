@@ -22,16 +22,16 @@ bool worth_threads(const Walk& w) {
   return std::max(products, reading) > kParallelCycles;
 }
 
-int64_t columns_of_task(int64_t columns, int64_t rows, int threads) {
-  const int64_t share = round_up(ceil_div(columns, threads), kPanel);
+int64_t columns_of_task(int64_t columns, int64_t rows, int threads, int64_t panel) {
+  const int64_t share = round_up(ceil_div(columns, threads), panel);
   // Few rows: long runs through memory. Else blocks whose sums stay in the first cache.
-  if (rows <= kFewRows) return std::max<int64_t>(share, kPanel);
-  return std::clamp<int64_t>(share, kPanel, kBlockColumns);
+  if (rows <= kFewRows) return std::max<int64_t>(share, panel);
+  return std::clamp<int64_t>(share, panel, kBlockColumns);
 }
 
 }  // namespace
 
-Plan make_plan(const Walk& w, int threads) {
+Plan make_plan(const Kernels& kernels, const Walk& w, int threads) {
   Plan plan;
   plan.parallel = threads > 1 && worth_threads(w);
   if (!plan.parallel) threads = 1;
@@ -49,12 +49,13 @@ Plan make_plan(const Walk& w, int threads) {
   }
   plan.rows = plan.fused ? std::max<int64_t>(std::min(rows, w.tokens), 1) : w.tokens;
   plan.blocks = ceil_div(w.tokens, plan.rows);
+  const int64_t panel = w.bf16 ? kernels.panel_bf16 : kPanel;
   plan.unit_columns = plan.fused && plan.rows > kFewRows
                           ? kBlockColumns
-                          : columns_of_task(w.units, plan.rows, threads);
+                          : columns_of_task(w.units, plan.rows, threads, panel);
   plan.out_columns = plan.fused && plan.rows > kFewRows
                          ? kBlockColumns
-                         : columns_of_task(w.width_out, plan.rows, threads);
+                         : columns_of_task(w.width_out, plan.rows, threads, panel);
   // So much of 64 columns of a weight takes an eighth of the second cache; it is read once for
   // every few rows. Float32 takes short sums, which round better.
   plan.k_step = w.bf16

@@ -26,7 +26,7 @@ struct Plan {
   int64_t runs = 0;       // of equal gate rows in a block, at most
 };
 
-Plan make_plan(const Walk& walk, int threads);
+Plan make_plan(const Kernels& kernels, const Walk& walk, int threads);
 
 // Terms of the second sum: hidden units, and the gates that b_up is multiplied with.
 inline int64_t terms_of(const Walk& w) {
