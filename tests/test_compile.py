@@ -5,14 +5,16 @@ import shutil
 
 import pytest
 import torch
+from implementations import IMPLS, WIDEST, needs_extension
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pemt_fast import adapter_mixture
-from pemt_fast.ops import adapter_mixture_with_hidden
+from pemt_fast.ops import adapter_mixture_with_hidden, dispatch, extension
 from pemt_fast.ops.validation import ACTIVATIONS
 from pemt_fast.testing import GATE_FORMS, make_inputs
 
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+# What runs eagerly and compiled is the same operator, and its results are the same bits.
+BITWISE = {"rtol": 0, "atol": 0}
 OPS = torch.ops.pemt_fast
 
 
@@ -23,21 +25,33 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-def small(tokens=7, **changes):
-    sizes = {"E": 3, "D": 6, "R": 4, "H": 5, "dtype": torch.float64}
+@pytest.fixture(params=IMPLS)
+def impl(request):
+    return request.param
+
+
+def small(tokens=7, *, impl="torch", **changes):
+    sizes = {"E": 3, "D": 6, "R": 4, "H": 5, "dtype": WIDEST[impl]}
     return make_inputs(2, tokens, **{**sizes, **changes})
 
 
-def op_arguments(inputs, *, with_hidden, recompute=False):
+# --- registration --------------------------------------------------------------------------------
+
+
+def operator(impl, suffix=""):
+    """The registered operator of `impl`, and what its schema has between activation and flags."""
+    if impl == "cpu":
+        return getattr(OPS, f"adapter_mixture_native{suffix}").default, ()
+    return getattr(OPS, f"adapter_mixture{suffix}").default, (impl,)
+
+
+def op_arguments(inputs, impl_argument, *, with_hidden, recompute=False):
     """Arguments of the registered operator."""
     ranks = list(inputs.ranks or (inputs.w_down.shape[1],) * inputs.w_down.shape[0])
     return (
         inputs.x, inputs.gate, inputs.w_down, inputs.w_up, inputs.b_down, inputs.b_up, inputs.base,
-        ranks, inputs.activation, "torch", recompute, with_hidden,
+        ranks, inputs.activation, *impl_argument, recompute, with_hidden,
     )  # fmt: skip
-
-
-# --- registration --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
@@ -46,23 +60,27 @@ def op_arguments(inputs, *, with_hidden, recompute=False):
     "requires_grad", [False, True, ("x", "gate")], ids=["frozen", "all", "x-gate"]
 )
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_the_operator_is_well_registered(activation, requires_grad, with_hidden, recompute):
-    inputs = small(activation=activation, requires_grad=requires_grad)
-    arguments = op_arguments(inputs, with_hidden=with_hidden, recompute=recompute)
-    torch.library.opcheck(OPS.adapter_mixture.default, arguments)
+def test_the_operator_is_well_registered(impl, activation, requires_grad, with_hidden, recompute):
+    op, named = operator(impl)
+    inputs = small(impl=impl, activation=activation, requires_grad=requires_grad)
+    arguments = op_arguments(inputs, named, with_hidden=with_hidden, recompute=recompute)
+    torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("form", GATE_FORMS, ids=["percall", "persequence", "pertoken"])
-def test_the_bare_operator_is_well_registered(form):
-    inputs = small(gate=form, bias=False, base=False, R=(1, 3, 2), param_dtype=torch.float32)
-    torch.library.opcheck(OPS.adapter_mixture.default, op_arguments(inputs, with_hidden=False))
+def test_the_bare_operator_is_well_registered(impl, form):
+    op, named = operator(impl)
+    others = {"bias": False, "base": False, "R": (1, 3, 2), "param_dtype": torch.float32}
+    inputs = small(impl=impl, gate=form, **others)
+    torch.library.opcheck(op, op_arguments(inputs, named, with_hidden=False))
 
 
 @pytest.mark.parametrize("save", [False, True], ids=["", "save"])
 @pytest.mark.parametrize("with_hidden", [False, True], ids=["out", "out-hidden"])
-def test_the_forward_operator_is_well_registered(with_hidden, save):
-    arguments = op_arguments(small(requires_grad=False), with_hidden=with_hidden)
-    torch.library.opcheck(OPS.adapter_mixture_forward.default, (*arguments, save))
+def test_the_forward_operator_is_well_registered(impl, with_hidden, save):
+    op, named = operator(impl, "_forward")
+    inputs = small(impl=impl, requires_grad=False)
+    torch.library.opcheck(op, (*op_arguments(inputs, named, with_hidden=with_hidden), save))
 
 
 NEEDS = {
@@ -73,27 +91,36 @@ NEEDS = {
 
 
 @pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
-def test_the_backward_operator_is_well_registered(needs):
-    inputs = small(requires_grad=False)
-    saved = torch.randn(14, 12, dtype=torch.float64)
+def test_the_backward_operator_is_well_registered(impl, needs):
+    op, named = operator(impl, "_backward")
+    inputs = small(impl=impl, requires_grad=False)
+    saved, grad_hidden = torch.randn(2, 2 * 7, 12, dtype=inputs.x.dtype)
     arguments = (
-        inputs.grad_out, torch.randn(2, 7, 12, dtype=torch.float64), inputs.x, inputs.gate,
+        inputs.grad_out, grad_hidden.view(2, 7, 12), inputs.x, inputs.gate,
         inputs.w_down, inputs.w_up, inputs.b_down, inputs.b_up, saved,
-        [4, 4, 4], inputs.activation, "torch", needs,
+        [4, 4, 4], inputs.activation, *named, needs,
     )  # fmt: skip
-    torch.library.opcheck(OPS.adapter_mixture_backward.default, arguments)
+    torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("form", GATE_FORMS, ids=["percall", "persequence", "pertoken"])
-def test_meta_tensors_have_the_right_shapes(form):
+def test_meta_tensors_have_the_right_shapes(impl, form):
+    op, named = operator(impl)
     inputs = small(gate=form, dtype=torch.bfloat16, param_dtype=torch.float32)
     meta = inputs.replace(
         **{name: t.detach().to("meta").requires_grad_() for name, t in inputs.tensors().items()},
         grad_out=inputs.grad_out.to("meta"),
     )
-    for name, result in inputs.gradients(impl="torch").items():
-        fake = meta.gradients(impl="torch")[name]
-        assert (fake.shape, fake.dtype) == (result.shape, result.dtype), name
+
+    def gradients(inputs):
+        # The operator itself: by name, the kernels of a device refuse tensors of another.
+        out, hidden = op(*op_arguments(inputs, named, with_hidden=True))
+        loss = (out * inputs.grad_out).sum() + hidden.sum()
+        return out, hidden, *torch.autograd.grad(loss, tuple(inputs.tensors().values()))
+
+    for result, fake in zip(gradients(inputs), gradients(meta), strict=True):
+        assert (fake.shape, fake.dtype) == (result.shape, result.dtype)
+        assert fake.stride() == result.stride()
 
 
 # --- torch.compile -------------------------------------------------------------------------------
@@ -107,80 +134,104 @@ def compiled(backend, function=adapter_mixture):
 @pytest.mark.parametrize("ranks", [4, (1, 3, 2)], ids=["equal", "unequal"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_compiled_values_and_gradients(activation, recompute, ranks):
-    inputs = small(activation=activation, R=ranks)
-    function = compiled("aot_eager")
-    actual = inputs.gradients(function, recompute=recompute)
-    torch.testing.assert_close(actual, inputs.gradients(recompute=recompute), **CLOSE)
+def test_compiled_values_and_gradients(impl, activation, recompute, ranks):
+    inputs = small(impl=impl, activation=activation, R=ranks)
+    actual = inputs.gradients(compiled("aot_eager"), impl=impl, recompute=recompute)
+    expected = inputs.gradients(impl=impl, recompute=recompute)
+    torch.testing.assert_close(actual, expected, **BITWISE)
 
 
-@pytest.mark.parametrize("impl", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_compiled_auto_is_what_eager_auto_is(dtype):
+    inputs = small(dtype=dtype)
+    actual = inputs.gradients(compiled("aot_eager"))
+    torch.testing.assert_close(actual, inputs.gradients(), **BITWISE)
+
+
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
 @pytest.mark.parametrize("form", GATE_FORMS, ids=["percall", "persequence", "pertoken"])
 def test_one_compilation_for_every_number_of_tokens(form, impl):
     counter = CompileCounterWithBackend("aot_eager")
     function = compiled(counter)
     for tokens in (7, 9, 33, 128):
-        inputs = small(tokens, gate=form)
+        inputs = small(tokens, gate=form, dtype=WIDEST.get(impl, torch.float32))
         for tensor in (inputs.x, inputs.base, *([inputs.gate] if form == "[B, S, E]" else [])):
             torch._dynamo.mark_dynamic(tensor, 1)
         actual = inputs.gradients(function, impl=impl)
-        torch.testing.assert_close(actual, inputs.gradients(), **CLOSE)
+        torch.testing.assert_close(actual, inputs.gradients(impl=impl), **BITWISE)
     assert counter.frame_count == 1
 
 
-def test_compiled_hidden_units():
-    inputs = small(requires_grad=True)
+def test_compiled_hidden_units(impl):
+    inputs = small(impl=impl, requires_grad=True)
     function = compiled("aot_eager", adapter_mixture_with_hidden)
 
     def run(call):
-        out, hidden = inputs.call(call)
+        out, hidden = inputs.call(call, impl=impl)
         loss = (out * inputs.grad_out).sum() + hidden.square().sum()
         return out, hidden, *torch.autograd.grad(loss, tuple(inputs.tensors().values()))
 
-    torch.testing.assert_close(run(function), run(adapter_mixture_with_hidden), **CLOSE)
+    torch.testing.assert_close(run(function), run(adapter_mixture_with_hidden), **BITWISE)
 
 
-def test_compiled_inference_with_a_zero_gate():
-    inputs = small(20, requires_grad=False)
+def test_compiled_inference_with_a_zero_gate(impl):
+    inputs = small(20, impl=impl, requires_grad=False)
     inputs.gate[:, 1] = 0
     inputs.w_up[1] = float("nan")
-    function = compiled("aot_eager")
-    torch.testing.assert_close(inputs.call(function), inputs.call(adapter_mixture), **CLOSE)
+    actual = inputs.call(compiled("aot_eager"), impl=impl)
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual, inputs.call(adapter_mixture, impl=impl), **BITWISE)
 
 
-def test_compiled_under_autocast():
+def test_compiled_under_autocast(impl):
     inputs = small(dtype=torch.float32)
 
     def run(function):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return inputs.call(function)
+            return inputs.call(function, impl=impl)
 
     actual = run(compiled("aot_eager"))
     assert actual.dtype == torch.bfloat16
-    torch.testing.assert_close(actual, run(adapter_mixture))
+    torch.testing.assert_close(actual, run(adapter_mixture), **BITWISE)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler, g++")
-def test_compiled_by_inductor():
+def test_compiled_by_inductor(impl):
     inputs = small(dtype=torch.float32)
-    actual = inputs.gradients(compiled("inductor"))
-    torch.testing.assert_close(actual, inputs.gradients())
+    actual = inputs.gradients(compiled("inductor"), impl=impl)
+    torch.testing.assert_close(actual, inputs.gradients(impl=impl), **BITWISE)
+
+
+@needs_extension
+def test_compiled_training_packs_no_trained_weight():
+    # What is trained has changed before it is seen again: its packed form would be waste.
+    kernels = extension.load()
+    kernels.clear_packed_weights()
+    small(20, impl="cpu").gradients(compiled("aot_eager"), impl="cpu")
+    assert kernels.packed_weights_size() == (0, 0)
 
 
 # --- checkpointing, export -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
-def test_inside_activation_checkpointing(recompute):
-    inputs = small()
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_inside_activation_checkpointing(impl, reentrant, recompute):
+    inputs = small(impl=impl)
 
     def function(*args, **keywords):
-        return torch.utils.checkpoint.checkpoint(
-            adapter_mixture, *args, use_reentrant=False, recompute=recompute, **keywords
-        )
+        def call(*tensors):
+            return adapter_mixture(*tensors, impl=impl, recompute=recompute, **keywords)
 
-    torch.testing.assert_close(inputs.gradients(function), inputs.gradients(), rtol=0, atol=0)
+        return torch.utils.checkpoint.checkpoint(call, *args, use_reentrant=reentrant)
+
+    # The reentrant form hands gradients to its own arguments only, and not through autograd.grad.
+    leaves = {name: t for name, t in inputs.tensors().items() if name != "base"}
+    inputs.call(function).backward(inputs.grad_out)
+    expected = inputs.gradients(impl=impl)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, expected[f"d_{name}"], **BITWISE)
 
 
 class Layer(torch.nn.Module):
@@ -208,7 +259,8 @@ def test_exported_module():
     x = torch.randn(2, 12, 6)
     torch.testing.assert_close(program.module()(x), layer(x))
     targets = [str(node.target) for node in program.graph.nodes]
-    assert targets.count("pemt_fast.adapter_mixture.default") == 1
+    suffix = "_native" if dispatch.auto_impl(x.device, x.dtype) == "cpu" else ""
+    assert targets.count(f"pemt_fast.adapter_mixture{suffix}.default") == 1
 
 
 def test_a_module_survives_deepcopy_and_training_steps():

@@ -30,6 +30,13 @@ def test_operator_within_budget(impl, dtype, gate, activation):
     assert_matches_oracle(make, impl=impl)
 
 
+def test_the_cpu_kernels_refuse_and_auto_takes_torch():
+    inputs = make_inputs(2, 5, device=DEVICE)
+    with pytest.raises(RuntimeError, match=f"it runs on cpu tensors, x is on {DEVICE}"):
+        inputs.call(adapter_mixture, impl="cpu")
+    torch.testing.assert_close(inputs.gradients(), inputs.gradients(impl="torch"), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_captured_in_a_graph(impl):
     """No host synchronisation; a replay sees changed inputs, zero gates included."""

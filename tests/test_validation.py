@@ -5,10 +5,13 @@ import sys
 
 import pytest
 import torch
+from implementations import CPU, needs_extension
 
-from pemt_fast.ops import adapter_mixture, adapter_mixture_with_hidden, dispatch
+from pemt_fast.ops import adapter_mixture, adapter_mixture_with_hidden, dispatch, native
 from pemt_fast.testing import make_inputs
 
+# The package's attribute of that name is the function, not the module.
+OPERATOR = sys.modules["pemt_fast.ops.adapter_mixture"]
 B, S, E, D, R, H = 2, 3, 4, 5, 6, 7
 N = E * R
 
@@ -154,7 +157,7 @@ def test_a_gpu_implementation_lists_every_reason(impl, monkeypatch):
     assert "torch sees no CUDA device" in str(raised.value)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "triton", "cuda"])
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
 def test_a_missing_implementation_says_so(impl, monkeypatch):
     monkeypatch.delitem(dispatch._BACKENDS, impl, raising=False)
     with pytest.raises(RuntimeError, match=f"ships no {impl} kernels"):
@@ -162,12 +165,38 @@ def test_a_missing_implementation_says_so(impl, monkeypatch):
 
 
 @pytest.fixture
+def no_extension(monkeypatch):
+    """The operator as it is where `pemt_fast._C` could not be built."""
+    monkeypatch.setattr(native, "door", native._closed)
+    monkeypatch.setattr(dispatch, "_EXTENSION_MISSING", "the extension is missing: no compiler")
+    without_fast_kernels(monkeypatch)
+
+
+def without_fast_kernels(monkeypatch):
+    for module in (dispatch, OPERATOR):
+        monkeypatch.setattr(module, "CPU_KERNELS_ARE_FAST", False)
+
+
+@needs_extension
+def test_cpu_kernels_say_what_they_do_not_compute():
+    message = "impl='cpu' cannot run: it computes in float32, bfloat16 or float16, x is float64"
+    assert_raises(RuntimeError, message, arguments(impl="cpu", x=torch.zeros(B, S, D).double()))
+
+
+def test_cpu_kernels_list_every_reason(no_extension):
+    tensors = {k: v for k, v in arguments().items() if isinstance(v, torch.Tensor)}
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    reasons = "it runs on cpu tensors, x is on meta; the extension is missing: no compiler"
+    message = f"impl='cpu' cannot run: {reasons}"
+    assert_raises(RuntimeError, message, arguments(impl="cpu", **meta))
+
+
+@pytest.fixture
 def which_ran(monkeypatch):
     """Names of the implementations that were called, in order."""
     ran = []
-    # The package's attribute of that name is the function, not the module.
     monkeypatch.setattr(
-        sys.modules["pemt_fast.ops.adapter_mixture"],
+        OPERATOR,
         "adapter_mixture_reference",
         lambda *args: ran.append("reference") or (args[0], args[0]),
     )
@@ -176,29 +205,81 @@ def which_ran(monkeypatch):
         "pemt_fast.ops.autograd.backend",
         lambda impl: ran.append(impl) or dispatch.backend(impl),
     )
+    door, native_operator = native.door, native.adapter_mixture
+
+    def recording_door(*args):
+        out = door(*args)
+        ran.extend([] if out is None else ["cpu by the door"])
+        return out
+
+    monkeypatch.setattr(native, "door", recording_door)
+    monkeypatch.setattr(
+        native, "adapter_mixture", lambda *args: ran.append("cpu") or native_operator(*args)
+    )
     return ran
 
 
-@pytest.mark.parametrize("forced", ["reference", "torch"])
+@pytest.mark.parametrize("forced", ["reference", "torch", CPU])
 def test_the_environment_names_what_auto_means(forced, which_ran, monkeypatch):
     monkeypatch.setenv("PEMT_FAST_IMPL", forced)
     adapter_mixture(**arguments())
     assert which_ran == [forced]
 
 
-@pytest.mark.parametrize("unset", ["", "auto", None])
-def test_without_the_environment_auto_follows_the_table(unset, which_ran, monkeypatch):
-    monkeypatch.delenv("PEMT_FAST_IMPL", raising=False)
-    if unset is not None:
-        monkeypatch.setenv("PEMT_FAST_IMPL", unset)
+@pytest.mark.parametrize("unset", ["", "auto"])
+def test_without_a_name_in_the_environment_auto_follows_the_table(unset, which_ran, monkeypatch):
+    monkeypatch.setenv("PEMT_FAST_IMPL", unset)
     adapter_mixture(**arguments())
-    assert which_ran == [dispatch.AUTO_TABLE["cpu"]]
+    assert which_ran == [dispatch.auto_impl(torch.device("cpu"), torch.float32)]
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float32, "cpu by the door"),
+        (torch.bfloat16, "cpu by the door"),
+        (torch.float16, "cpu by the door"),
+        (torch.float64, "torch"),
+    ],
+    ids=["f32", "bf16", "f16", "f64"],
+)
+def test_auto_takes_the_cpu_kernels_for_their_dtypes(dtype, expected, which_ran, monkeypatch):
+    if not dispatch.CPU_KERNELS_ARE_FAST:
+        pytest.skip("this processor has no vector instructions that the kernels know")
+    monkeypatch.delenv("PEMT_FAST_IMPL", raising=False)
+    inputs = make_inputs(B, S, E=E, D=D, R=R, H=H, dtype=dtype, requires_grad=False)
+    inputs.call(adapter_mixture)
+    inputs.call(adapter_mixture_with_hidden)
+    assert which_ran == [expected] * 2
+
+
+@needs_extension
+def test_without_vector_instructions_auto_takes_torch(which_ran, monkeypatch):
+    monkeypatch.delenv("PEMT_FAST_IMPL", raising=False)
+    without_fast_kernels(monkeypatch)
+    adapter_mixture(**arguments())
+    adapter_mixture(**arguments(impl="cpu"))
+    assert which_ran == ["torch", "cpu by the door"]
+
+
+def test_without_the_extension_auto_takes_torch(no_extension, which_ran, monkeypatch):
+    monkeypatch.delenv("PEMT_FAST_IMPL", raising=False)
+    adapter_mixture(**arguments())
+    assert which_ran == ["torch"]
 
 
 def test_a_named_implementation_ignores_the_environment(which_ran, monkeypatch):
     monkeypatch.setenv("PEMT_FAST_IMPL", "reference")
     adapter_mixture(**arguments(impl="torch"))
     assert which_ran == ["torch"]
+
+
+@needs_extension
+def test_the_named_cpu_kernels_ignore_the_environment(which_ran, monkeypatch):
+    monkeypatch.setenv("PEMT_FAST_IMPL", "reference")
+    adapter_mixture(**arguments(impl="cpu"))
+    assert which_ran == ["cpu by the door"]
 
 
 def test_unknown_implementation_in_the_environment(monkeypatch):

@@ -195,9 +195,17 @@ class Runner {
       last->end = terms;
       return count;
     }
+    int64_t begin = w_.units;
+    if (w_.second.panels && w_.bf16 && begin % 2 != 0) {
+      // Pairs start at even terms: the last unit, which nobody uses here, comes along as a zero.
+      begin--;
+      for (int64_t row = 0; row < rows; row++) {
+        ((uint16_t*)s.units)[row * plan_.units_row + begin] = 0;
+      }
+    }
     // Rows of b_up in memory are read once for each part.
-    const int64_t step = w_.second.panels ? terms - w_.units : w_.adapters;
-    for (int64_t at = w_.units; at < terms; at += step) s.ranges[count++] = {at, at + step};
+    const int64_t step = w_.second.panels ? terms - begin : w_.adapters;
+    for (int64_t at = begin; at < terms; at += step) s.ranges[count++] = {at, at + step};
     return count;
   }
 

@@ -1,0 +1,17 @@
+"""Which implementations of `adapter_mixture` the tests run, and the widest dtype of each."""
+
+import pytest
+import torch
+
+from pemt_fast.ops import extension
+
+needs_extension = pytest.mark.skipif(
+    extension.load() is None, reason=extension.missing_reason() or ""
+)
+CPU = pytest.param("cpu", marks=needs_extension)
+
+# A new implementation joins here first, and is watched to fail.
+IMPLS = ["torch", CPU]
+
+# The widest dtype of each: there an error of the order of its rounding step is no wrong index.
+WIDEST = {"torch": torch.float64, "reference": torch.float64, "cpu": torch.float32}
