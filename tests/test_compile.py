@@ -208,7 +208,8 @@ def test_compiled_training_packs_no_trained_weight():
     # What is trained has changed before it is seen again: its packed form would be waste.
     kernels = extension.load()
     kernels.clear_packed_weights()
-    small(20, impl="cpu").gradients(compiled("aot_eager"), impl="cpu")
+    inputs = small(20, impl="cpu")
+    inputs.gradients(compiled("aot_eager"), impl="cpu")
     assert kernels.packed_weights_size() == (0, 0)
 
 
