@@ -302,6 +302,27 @@ def test_any_call_equals_the_reference(instructions, call, threads, recompute):
         kernels.use_cpu_isa(best)
 
 
+# Around the number of token blocks after which sums of blocks are added up.
+@pytest.mark.parametrize("tokens", [512, 528, 1024, 1040, 2048, 32768], ids=lambda t: f"T{t}")
+def test_sums_over_many_tokens(isa, tokens):
+    """One chain of additions, token block after token block, would leave the budget.
+
+    Every 16th token has a gradient: the others add nothing, but lengthen the chain.
+    """
+    few = make_inputs(1, tokens // 16, E=6, R=8, D=40, H=512, gate="[B, S, E]")
+    spread = {}
+    for name in ("x", "gate", "base", "grad_out"):
+        tensor = few.grad_out if name == "grad_out" else few.tensors()[name]
+        spread[name] = tensor.new_zeros(1, tokens, tensor.shape[-1])
+        spread[name][:, ::16] = tensor.detach()
+        spread[name].requires_grad_(name != "grad_out")
+    actual = few.replace(**spread).gradients(impl="cpu")
+    exact = few.to(torch.float64).gradients(impl="reference")
+    eager = few.gradients(adapter_mixture_loop)
+    for name in ("d_w_down", "d_w_up", "d_b_up"):
+        assert_within_budget(name, actual[name], exact[name], eager[name])
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ constexpr double kParallelCycles = 16000;
 constexpr int64_t kMostRows = 192, kFewestRows = 24;
 
 // Terms of a float32 sum between additions to memory.
-constexpr int64_t kFloatTerms = 48;
+constexpr int64_t kFloatTerms = 64;
 
 bool worth_threads(const Walk& w) {
   const double weights = double(w.units) * double(w.width_in + (w.out ? w.width_out : 0));

@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kMostUnits = 384;  // of a task: 96 KiB of sums
 constexpr int64_t kFewUnits = 64;
 constexpr int64_t kTaskUnits = 6;  // a multiple of the rows of a register tile
+constexpr int64_t kChain = 16;     // token blocks in one sum; longer chains round worse
 
 struct Task {
   const WeightGradient* gradient;
@@ -57,33 +58,50 @@ void pack_x(const Kernels& k, const Sizes& z, const WeightGradient& g, int64_t t
   }
 }
 
-void run_task(const Kernels& k, const Sizes& z, const Task& task, float* sums, float* converted,
-              void* panels) {
+// totals += sums, or, for the first ones, totals = sums.
+void add_sums(const float* sums, int64_t count, bool first, float* totals) {
+  for (int64_t i = 0; i < count; i++) totals[i] = first ? sums[i] : totals[i] + sums[i];
+}
+
+// What a thread works in. `totals` takes in `sums` whenever these have become a long chain.
+struct Memory {
+  float *sums, *totals, *converted;
+  void* panels;
+};
+
+void run_task(const Kernels& k, const Sizes& z, const Task& task, const Memory& memory) {
   const WeightGradient& g = *task.gradient;
+  const int64_t sums_count = task.units_count * kBlockColumns;
+  const float* result = memory.sums;
   Product p{};
   p.m = task.units_count;
   p.n = std::min(kBlockColumns, g.width - task.column);
-  p.c = sums;
+  p.c = memory.sums;
   p.c_row = kBlockColumns;
-  p.b = panels;
+  p.b = memory.panels;
   const int64_t wide = z.bf16 ? k.panel_bf16 : kPanel;
   p.b_row = z.bf16 ? 2 * wide : wide;
   p.b_panel = z.token_step * wide;
   p.a_row = z.transposed ? z.token_room : z.bf16 ? 2 : 1;
   p.a_step = z.transposed ? 2 : z.bf16 ? 2 * z.units : z.units;
-  for (int64_t token = 0; token < z.tokens; token += z.token_step) {
+  for (int64_t token = 0, block = 0; token < z.tokens; token += z.token_step, block++) {
     p.k = std::min(z.token_step, z.tokens - token);
-    pack_x(k, z, g, token, p.k, task.column, converted, panels);
+    pack_x(k, z, g, token, p.k, task.column, memory.converted, memory.panels);
     const int64_t at = z.transposed ? task.unit * z.token_room + token
                                     : token * z.units + (z.bf16 ? 2 : 1) * task.unit;
     p.a = (const char*)task.units + at * (z.bf16 ? 2 : 4);
-    p.accumulate = token > 0;
+    p.accumulate = block % kChain != 0;
     (z.bf16 ? k.panels_bf16 : k.panels_f32)(p);
+    const bool last = token + z.token_step >= z.tokens;
+    if (block >= kChain ? last || block % kChain == kChain - 1 : !last && block == kChain - 1) {
+      add_sums(memory.sums, sums_count, block < kChain, memory.totals);
+      result = memory.totals;
+    }
   }
   const int64_t element = size_of(g.dtype);
   for (int64_t unit = 0; unit < task.units_count; unit++) {
     char* out = (char*)g.d_weight + ((task.unit + unit) * g.width + task.column) * element;
-    k.from_f32[(int)g.dtype](sums + unit * kBlockColumns, p.n, out);
+    k.from_f32[(int)g.dtype](result + unit * kBlockColumns, p.n, out);
   }
 }
 
@@ -150,7 +168,7 @@ void run(const Kernels& kernels, const WeightGradient* gradients, int count, int
       converts ? Workspace::round_up(size_t(round_up(tokens, 2) * units) * (bf16 ? 2 : 4)) : 0;
   const size_t sums = Workspace::round_up(size_t(z.task_units * kBlockColumns) * 4);
   const size_t converted = Workspace::round_up(size_t(z.token_step * kBlockColumns) * 4);
-  const size_t each = sums + 2 * converted;
+  const size_t each = 2 * (sums + converted);
   char* memory = (char*)Workspace::of_this_thread().reserve(each * size_t(threads) +
                                                             converted_units * size_t(count));
   char* unit_values = memory + each * size_t(threads);
@@ -181,7 +199,9 @@ void run(const Kernels& kernels, const WeightGradient* gradients, int count, int
           gradients + which,
           converts ? unit_values + size_t(which) * converted_units : gradients[which].unit_values,
           column, unit, std::min(z.task_units, units - unit)};
-      run_task(kernels, z, task, (float*)own, (float*)(own + sums), own + sums + converted);
+      run_task(kernels, z, task,
+               {(float*)own, (float*)(own + sums), (float*)(own + 2 * sums),
+                own + 2 * sums + converted});
     }
     kernels.release();
   });
