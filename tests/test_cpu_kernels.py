@@ -309,7 +309,7 @@ def test_sums_over_many_tokens(isa, tokens):
 
     Every 16th token has a gradient: the others add nothing, but lengthen the chain.
     """
-    few = make_inputs(1, tokens // 16, E=6, R=8, D=40, H=512, gate="[B, S, E]")
+    few = make_inputs(1, tokens // 16, E=6, R=8, D=40, H=72, gate="[B, S, E]")
     spread = {}
     for name in ("x", "gate", "base", "grad_out"):
         tensor = few.grad_out if name == "grad_out" else few.tensors()[name]

@@ -14,13 +14,14 @@ namespace {
 
 constexpr int64_t kMostUnits = 384;  // of a task: 96 KiB of sums
 constexpr int64_t kFewUnits = 64;
-constexpr int64_t kTaskUnits = 6;  // a multiple of the rows of a register tile
-constexpr int64_t kChain = 16;     // token blocks in one sum; longer chains round worse
+constexpr int64_t kTaskUnits = 6;   // a multiple of the rows of a register tile
+constexpr int64_t kChain = 16;      // token blocks in one sum; longer chains round worse
+constexpr int64_t kMostBlocks = 4;  // of 64 columns in a task
 
 struct Task {
   const WeightGradient* gradient;
   const void* units;  // unit values as left side, see convert_units
-  int64_t column, unit, units_count;
+  int64_t column, columns_end, unit, units_count;
 };
 
 struct Sizes {
@@ -63,50 +64,80 @@ void add_sums(const float* sums, int64_t count, bool first, float* totals) {
   for (int64_t i = 0; i < count; i++) totals[i] = first ? sums[i] : totals[i] + sums[i];
 }
 
-// What a thread works in. `totals` takes in `sums` whenever these have become a long chain.
+// What a thread works in: the sums of one chain, and for each block of columns of its task the
+// totals of all chains so far.
 struct Memory {
   float *sums, *totals, *converted;
   void* panels;
 };
 
-void run_task(const Kernels& k, const Sizes& z, const Task& task, const Memory& memory) {
+// The sums of tokens [begin, end) for at most 64 columns.
+void sum_chain(const Kernels& k, const Sizes& z, const Task& task, const Memory& memory,
+               int64_t column, int64_t begin, int64_t end) {
   const WeightGradient& g = *task.gradient;
-  const int64_t sums_count = task.units_count * kBlockColumns;
-  const float* result = memory.sums;
   Product p{};
   p.m = task.units_count;
-  p.n = std::min(kBlockColumns, g.width - task.column);
+  p.n = std::min(kBlockColumns, g.width - column);
   p.c = memory.sums;
   p.c_row = kBlockColumns;
   p.b = memory.panels;
   const int64_t wide = z.bf16 ? k.panel_bf16 : kPanel;
   p.b_row = z.bf16 ? 2 * wide : wide;
   p.b_panel = z.token_step * wide;
-  p.a_row = z.transposed ? z.token_room : z.bf16 ? 2 : 1;
-  p.a_step = z.transposed ? 2 : z.bf16 ? 2 * z.units : z.units;
-  for (int64_t token = 0, block = 0; token < z.tokens; token += z.token_step, block++) {
-    p.k = std::min(z.token_step, z.tokens - token);
-    pack_x(k, z, g, token, p.k, task.column, memory.converted, memory.panels);
-    const int64_t at = z.transposed ? task.unit * z.token_room + token
-                                    : token * z.units + (z.bf16 ? 2 : 1) * task.unit;
-    p.a = (const char*)task.units + at * (z.bf16 ? 2 : 4);
-    p.accumulate = block % kChain != 0;
-    (z.bf16 ? k.panels_bf16 : k.panels_f32)(p);
-    const bool last = token + z.token_step >= z.tokens;
-    if (block >= kChain ? last || block % kChain == kChain - 1 : !last && block == kChain - 1) {
-      add_sums(memory.sums, sums_count, block < kChain, memory.totals);
-      result = memory.totals;
-    }
+  const char* units = (const char*)task.units;
+  int64_t token_bytes;
+  if (z.transposed) {
+    p.a_row = z.token_room;
+    p.a_step = 2;
+    units += task.unit * z.token_room * 2;
+    token_bytes = 2;
+  } else if (z.bf16) {
+    p.a_row = 2;
+    p.a_step = 2 * z.task_units;
+    units += task.unit * round_up(z.tokens, 2) * 2;
+    token_bytes = z.task_units * 2;
+  } else {
+    p.a_row = 1;
+    p.a_step = z.units;
+    units += task.unit * 4;
+    token_bytes = z.units * 4;
   }
-  const int64_t element = size_of(g.dtype);
-  for (int64_t unit = 0; unit < task.units_count; unit++) {
-    char* out = (char*)g.d_weight + ((task.unit + unit) * g.width + task.column) * element;
-    k.from_f32[(int)g.dtype](result + unit * kBlockColumns, p.n, out);
+  for (int64_t token = begin; token < end; token += z.token_step) {
+    p.k = std::min(z.token_step, end - token);
+    pack_x(k, z, g, token, p.k, column, memory.converted, memory.panels);
+    p.a = units + token * token_bytes;
+    p.accumulate = token > begin;
+    (z.bf16 ? k.panels_bf16 : k.panels_f32)(p);
   }
 }
 
-// The unit values as the left side of a product: float32 [tokens, units], bfloat16 pairs of two
-// tokens [tokens / 2, units, 2], or bfloat16 [units, tokens].
+// Chain after chain, so that its unit values stay in the second cache for all columns of the task.
+void run_task(const Kernels& k, const Sizes& z, const Task& task, const Memory& memory) {
+  const WeightGradient& g = *task.gradient;
+  const int64_t count = task.units_count * kBlockColumns, element = size_of(g.dtype);
+  const int64_t chain = kChain * z.token_step;
+  for (int64_t begin = 0; begin < z.tokens; begin += chain) {
+    const int64_t end = std::min(begin + chain, z.tokens);
+    float* totals = memory.totals;
+    for (int64_t column = task.column; column < task.columns_end;
+         column += kBlockColumns, totals += count) {
+      sum_chain(k, z, task, memory, column, begin, end);
+      if (z.tokens > chain) add_sums(memory.sums, count, begin == 0, totals);
+      if (end < z.tokens) continue;
+      const float* result = z.tokens > chain ? totals : memory.sums;
+      for (int64_t unit = 0; unit < task.units_count; unit++) {
+        char* out = (char*)g.d_weight + ((task.unit + unit) * g.width + column) * element;
+        k.from_f32[(int)g.dtype](result + unit * kBlockColumns,
+                                 std::min(kBlockColumns, g.width - column), out);
+      }
+    }
+  }
+}
+
+// The unit values as the left side of a product: float32 [tokens, units], bfloat16 [units, tokens],
+// or bfloat16 pairs of two tokens, [tokens / 2, task_units, 2] for the units of each task: rows of
+// all units would often be a power of two apart, and so compete for the same lines of the first
+// cache.
 void convert_units(const Kernels& k, const Sizes& z, const WeightGradient& g, int64_t token,
                    int64_t count, void* out) {
   const void* values = g.unit_values;
@@ -128,11 +159,12 @@ void convert_units(const Kernels& k, const Sizes& z, const WeightGradient& g, in
   for (int64_t t = token; t < token + count; t += 2) {
     const uint16_t* even = (const uint16_t*)values + t * z.units;
     const uint16_t* odd = t + 1 < z.tokens ? even + z.units : nullptr;
-    uint32_t* pairs = (uint32_t*)out + t / 2 * z.units;
-    if (odd) {
-      for (int64_t n = 0; n < z.units; n++) pairs[n] = even[n] | (uint32_t)odd[n] << 16;
-    } else {
-      for (int64_t n = 0; n < z.units; n++) pairs[n] = even[n];
+    uint32_t* pairs = (uint32_t*)out + t / 2 * z.task_units;
+    for (int64_t n = 0; n < z.units; pairs += round_up(z.tokens, 2) / 2 * z.task_units) {
+      const int64_t count_here = std::min(z.task_units, z.units - n);
+      for (int64_t i = 0; i < count_here; i++, n++) {
+        pairs[i] = even[n] | (odd ? (uint32_t)odd[n] << 16 : 0);
+      }
     }
   }
 }
@@ -158,17 +190,24 @@ void run(const Kernels& kernels, const WeightGradient* gradients, int count, int
   if (double(tokens) * double(units) * double(gradients[0].width) < 1 << 18) threads = 1;
 
   // Enough tasks for all threads, each with as many units as its sums allow.
-  int64_t column_tasks = 0;
-  for (int i = 0; i < count; i++) column_tasks += ceil_div(gradients[i].width, kBlockColumns);
-  const int64_t cuts = std::max(ceil_div(units, kMostUnits), ceil_div(2 * threads, column_tasks));
+  int64_t blocks = 0;
+  for (int i = 0; i < count; i++) blocks += ceil_div(gradients[i].width, kBlockColumns);
+  const int64_t cuts = std::max(ceil_div(units, kMostUnits), ceil_div(2 * threads, blocks));
   z.task_units = round_up(ceil_div(units, cuts), kTaskUnits);
   const int64_t unit_tasks = ceil_div(units, z.task_units);
+  const int64_t task_blocks =
+      std::clamp<int64_t>(blocks * unit_tasks / (4 * threads), 1, kMostBlocks);
+  const int64_t task_columns = task_blocks * kBlockColumns;
+  int64_t column_tasks = 0;
+  for (int i = 0; i < count; i++) column_tasks += ceil_div(gradients[i].width, task_columns);
 
   const size_t converted_units =
-      converts ? Workspace::round_up(size_t(round_up(tokens, 2) * units) * (bf16 ? 2 : 4)) : 0;
+      converts ? Workspace::round_up(size_t(round_up(tokens, 2) * unit_tasks * z.task_units) *
+                                     (bf16 ? 2 : 4))
+               : 0;
   const size_t sums = Workspace::round_up(size_t(z.task_units * kBlockColumns) * 4);
   const size_t converted = Workspace::round_up(size_t(z.token_step * kBlockColumns) * 4);
-  const size_t each = 2 * (sums + converted);
+  const size_t each = sums * size_t(1 + task_blocks) + 2 * converted;
   char* memory = (char*)Workspace::of_this_thread().reserve(each * size_t(threads) +
                                                             converted_units * size_t(count));
   char* unit_values = memory + each * size_t(threads);
@@ -189,19 +228,22 @@ void run(const Kernels& kernels, const WeightGradient* gradients, int count, int
     if (thread >= threads) return;
     char* own = memory + size_t(thread) * each;
     for (int64_t i; tasks.next(i);) {
-      int64_t column = i / unit_tasks * kBlockColumns;
+      int64_t column = i % column_tasks * task_columns;
       int which = 0;
-      while (column >= round_up(gradients[which].width, kBlockColumns)) {
-        column -= round_up(gradients[which++].width, kBlockColumns);
+      while (column >= round_up(gradients[which].width, task_columns)) {
+        column -= round_up(gradients[which++].width, task_columns);
       }
-      const int64_t unit = i % unit_tasks * z.task_units;
+      const int64_t unit = i / column_tasks * z.task_units;
       const Task task{
           gradients + which,
           converts ? unit_values + size_t(which) * converted_units : gradients[which].unit_values,
-          column, unit, std::min(z.task_units, units - unit)};
+          column,
+          std::min(column + task_columns, gradients[which].width),
+          unit,
+          std::min(z.task_units, units - unit)};
       run_task(kernels, z, task,
-               {(float*)own, (float*)(own + sums), (float*)(own + 2 * sums),
-                own + 2 * sums + converted});
+               {(float*)own, (float*)(own + sums), (float*)(own + sums * size_t(1 + task_blocks)),
+                own + sums * size_t(1 + task_blocks) + converted});
     }
     kernels.release();
   });
