@@ -18,6 +18,10 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# Without a GPU the Triton kernels run in its interpreter. Read when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 
 torch.set_num_threads(2)
@@ -48,9 +52,29 @@ def shared_golden() -> Path:
     return _shared_folder("golden")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Triton's interpreter takes about a hundred times as long as a kernel: of each test so many of its
+# cases, evenly spread. TRITON_CASES=all runs every one.
+INTERPRETED_CASES = os.environ.get("TRITON_CASES", "16")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch sees none"))
+    if INTERPRETED_CASES == "all":
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters is not None and "triton" in parameters.params.values():
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    left_out = set()
+    for found in cases.values():
+        step = -(-len(found) // int(INTERPRETED_CASES))
+        # An odd step meets every value of a parameter with an even number of them.
+        step += step % 2 == 0
+        left_out |= set(found) - set(found[::step])
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]

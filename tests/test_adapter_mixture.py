@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from implementations import IMPLS, WIDEST, needs_extension
+from implementations import IMPLS, INTERPRETED, WIDEST, needs_extension
 from rounding import assert_equals_reference, assert_within, rounding_bounds
 
 from pemt_fast import adapter_mixture
@@ -184,6 +184,8 @@ def test_mixed_dtypes(impl, dtype, others, gate):
 @pytest.mark.parametrize("form", GATE_FORMS, ids=["percall", "persequence", "pertoken"])
 @pytest.mark.parametrize("name", ["out", "d_x", "d_w_down", "d_w_up"])
 def test_the_gate_is_applied_in_float32(impl, name, form):
+    if impl == "triton" and INTERPRETED:
+        pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
     inputs = make_inputs(
         4, 32, dtype=torch.bfloat16, param_dtype=torch.float32, gate_dtype=torch.float32,
         gate=form, bias=False, base=False, activation="identity",

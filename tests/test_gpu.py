@@ -12,7 +12,7 @@ from pemt_fast.testing import assert_matches_oracle, make_inputs
 pytestmark = pytest.mark.gpu
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-IMPLS = ["torch"]
+IMPLS = ["torch", "triton"]
 DEVICE = "cuda"
 
 

@@ -151,6 +151,7 @@ def test_unknown_impl():
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
 def test_a_gpu_implementation_lists_every_reason(impl, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "_TRITON_INTERPRETED", False)
     with pytest.raises(RuntimeError, match=f"^impl='{impl}' cannot run: ") as raised:
         adapter_mixture(**arguments(impl=impl))
     assert "it runs on cuda tensors, x is on cpu" in str(raised.value)

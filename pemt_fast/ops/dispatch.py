@@ -28,7 +28,10 @@ IMPLS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 AUTO_TABLE = {"cpu": "cpu", "cuda": "torch"}
 
 # Implementation -> module with the pair forward / backward of `stacked.py`.
-_BACKENDS = {"torch": "pemt_fast.ops.stacked"}
+_BACKENDS = {"torch": "pemt_fast.ops.stacked", "triton": "pemt_fast.ops.triton_backend"}
+
+# Under Triton's interpreter its kernels run on any device, slowly: for tests.
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Constants, so that a traced call does not ask again.
 _EXTENSION = extension.load()
@@ -44,18 +47,19 @@ def unavailable_reasons(
     """Every reason why `impl` cannot run on `device`, with `x` of `dtype`; empty when it can."""
     reasons = []
     wanted = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(impl)
+    if impl == "triton" and _TRITON_INTERPRETED:
+        wanted = None
     if wanted is not None and device.type != wanted:
         reasons.append(f"it runs on {wanted} tensors, x is on {device}")
     if wanted == "cuda" and not torch.cuda.is_available():
         reasons.append("torch sees no CUDA device")
     if impl == "triton" and importlib.util.find_spec("triton") is None:
         reasons.append("the package triton is not installed")
-    if impl == "cpu":
-        if _EXTENSION_MISSING is not None:
-            reasons.append(_EXTENSION_MISSING)
-        if dtype == torch.float64:
-            reasons.append("it computes in float32, bfloat16 or float16, x is float64")
-    elif impl not in _BACKENDS and impl != "reference":
+    if impl == "cpu" and _EXTENSION_MISSING is not None:
+        reasons.append(_EXTENSION_MISSING)
+    if impl in ("cpu", "triton") and dtype == torch.float64:
+        reasons.append("it computes in float32, bfloat16 or float16, x is float64")
+    if impl not in (*_BACKENDS, "cpu", "reference"):
         reasons.append(f"this version of pemt_fast ships no {impl} kernels")
     return reasons
 

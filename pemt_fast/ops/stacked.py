@@ -123,6 +123,16 @@ def _sum_units(units: Tensor, groups: int, ranks: tuple[int, ...]) -> Tensor:
     return per_row.new_zeros(groups, len(ranks)).index_add_(1, index, per_row)
 
 
+def _sum_gate_rows(grad_out: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """`[T, H]` summed over the tokens of each gate row: `[G, H]`."""
+    return _by_gate_row(grad_out, groups).sum(1, dtype=dtype)
+
+
+def up_bias_gradient(gate: Tensor, grad_out: Tensor) -> Tensor:
+    """`d_b_up = gateᵀ·d_out` `[E, H]` in the dtype of `gate [G, E]`."""
+    return _sum_products(gate, _sum_gate_rows(grad_out, gate.shape[0], gate.dtype))
+
+
 def _unused(gate: Tensor) -> Tensor | None:
     """Mask of the gates that are exactly 0, or `None` when the host can see there is none."""
     mask = gate == 0
@@ -312,7 +322,7 @@ def backward(
         gated = _clear_unused(_scale_units(hidden, gate, ranks), unused, ranks)
         d_w_up = torch.mm(gated.t(), grad_out)
     if weights.b_up is not None and (needs_gate or needs_b_up):
-        d_out = _by_gate_row(grad_out, groups).sum(1, dtype=gate.dtype)  # [G, H]
+        d_out = _sum_gate_rows(grad_out, groups, gate.dtype)
         if d_gate is not None:
             d_gate = d_gate + d_out @ weights.b_up.to(gate.dtype).t()
         if needs_b_up:

@@ -1,5 +1,8 @@
 """Which implementations of `adapter_mixture` the tests run, and the widest dtype of each."""
 
+import importlib.util
+import os
+
 import pytest
 import torch
 
@@ -10,8 +13,19 @@ needs_extension = pytest.mark.skipif(
 )
 CPU = pytest.param("cpu", marks=needs_extension)
 
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON = pytest.param("triton", marks=needs_triton)  # without a GPU in its interpreter
+
 # A new implementation joins here first, and is watched to fail.
-IMPLS = ["torch", CPU]
+IMPLS = ["torch", CPU, TRITON]
 
 # The widest dtype of each: there an error of the order of its rounding step is no wrong index.
-WIDEST = {"torch": torch.float64, "reference": torch.float64, "cpu": torch.float32}
+WIDEST = {
+    "torch": torch.float64,
+    "reference": torch.float64,
+    "cpu": torch.float32,
+    "triton": torch.float32,
+}

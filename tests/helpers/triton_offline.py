@@ -1,0 +1,178 @@
+"""Triton without a GPU: what a call launches, and what the compiler makes of each kernel.
+
+`recorded` runs the launching code on tensors of the meta device and keeps every launch instead of
+making it, so that exactly what ships is compiled. As a program this file compiles every launch
+of `SHIPPED` for one GPU and prints a JSON list; it must run without TRITON_INTERPRET.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import unittest.mock
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from pemt_fast.kernels import adapter_mixture, configs
+from pemt_fast.kernels.adapter_mixture import Walk, run
+
+WIDTH, RANK = 768, 64
+MOST_UNITS, MOST_TOKENS = 1024, 65536
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+}
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel with the arguments it would have been given, by name."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches inside of the block go into the list."""
+    launches: list[Launch] = []
+
+    def keep(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any):
+        options = {name: kwargs.pop(name) for name in LAUNCH_OPTIONS if name in kwargs}
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        assert set(arguments) == set(self.arg_names), self.arg_names
+        launches.append(Launch(self, grid, arguments, options))
+
+    original = JITFunction.run
+    JITFunction.run = keep
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The kernel specialised as the just-in-time compiler would do for aligned tensors."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        special = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or special:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        tensor = isinstance(value, torch.Tensor)
+        signature[parameter.name] = TYPES[value.dtype] if tensor else "i32"
+        if tensor or (value % 16 == 0 and not parameter.do_not_specialize):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def resources(launch: Launch, capability: int) -> dict[str, Any]:
+    """Registers, spills, bytes of shared memory, and the tensor core instructions used."""
+    compiled = triton.compile(
+        source_of(launch), target=GPUTarget("cuda", capability, 32), options=launch.options
+    )
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run(
+                [tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    ptx = compiled.asm["ptx"]
+    kinds = [name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx]
+    return describe(launch) | {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\bSTL\b", sass)),  # stores to local memory
+        "shared": compiled.metadata.shared,
+        "tensor_cores": kinds,
+    }
+
+
+def describe(launch: Launch) -> dict[str, Any]:
+    """What tells launches of the table apart."""
+    tile = {name: launch.arguments.get(name) for name in ("BM", "BN", "BK", "BH", "BW", "BT")}
+    constants = {name: launch.arguments.get(name) for name in ("N", "BACKWARD", "PRECISION")}
+    return {
+        "kernel": launch.kernel.__name__.removesuffix("_kernel"),
+        **{name: value for name, value in (constants | tile).items() if value is not None},
+        "dtype": str(launch.arguments[launch.kernel.arg_names[0]].dtype).removeprefix("torch."),
+        "warps": launch.options.get("num_warps", 4),
+    }
+
+
+def walk_of(row: configs.Row, element: int, backward: bool) -> Walk:
+    """The most demanding call that takes this row: everything trains, with all biases and base."""
+    N, T = min(row.units, MOST_UNITS), min(row.tokens, MOST_TOKENS)
+    dtype = {2: torch.bfloat16, 4: torch.float32}[element]
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, first, units = tensor(T, WIDTH), tensor(N, WIDTH), [tensor(T, N) for _ in range(3)]
+    walk = Walk(
+        x=x, gate=tensor(8, N // RANK, dtype=torch.float32), first=first, second=first,
+        ranks=(RANK,) * (N // RANK), activation="relu", backward=backward, out=x,
+        b_up=tensor(N // RANK, WIDTH), saved=units[0],
+    )  # fmt: skip
+    if backward:
+        return walk._replace(d_z=units[1], gated=units[2], needs_gate=True)
+    return walk._replace(base=x, b_down=tensor(N))
+
+
+def shipped(kind: str) -> list[Launch]:
+    """Every launch that a row of the table makes on this kind of GPU, once."""
+    found: dict[str, Launch] = {}
+    with (
+        recorded() as launches,
+        unittest.mock.patch.object(adapter_mixture, "device_facts", lambda device: (kind, 132)),
+    ):
+        for (row_kind, element, backward), rows in configs.TABLE.items():
+            for row in rows if row_kind == kind else ():
+                walk = walk_of(row, element, backward)
+                tf32 = (False, True) if element == 4 else (False,)
+                for allowed in tf32:
+                    torch.backends.cuda.matmul.allow_tf32 = allowed
+                    run(walk)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        units, rows = torch.empty(2, 8192, 128, dtype=torch.bfloat16, device="meta"), walk.x
+        rows = torch.empty(8192, WIDTH, dtype=torch.bfloat16, device="meta")
+        adapter_mixture.weight_gradients(units[0], rows, units[1], rows)
+    for launch in launches:
+        if launch.kernel.__name__ != "gate_gradient_kernel":
+            found.setdefault(str(sorted(describe(launch).items())), launch)
+    return list(found.values())
+
+
+def main() -> None:
+    """Compile all launches of one kind of GPU and print what became of them."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("kind", choices=["hopper", "ampere", "other"])
+    parser.add_argument("capability", type=int)
+    options = parser.parse_args()
+    results = [resources(launch, options.capability) for launch in shipped(options.kind)]
+    json.dump({"triton": triton.__version__, "kernels": results}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
