@@ -19,7 +19,7 @@ SANITIZED := build/sanitizers
 KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases,tests/test_$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-sanitizers check format bench report test-gpu bench-gpu clean
+.PHONY: help venv build demo test test-sanitizers check format bench report triton-resources test-gpu bench-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -93,6 +93,10 @@ format: $(READY)  ## rewrite the Python and C++ files the way `check` wants them
 bench: $(BUILT)  ## time the operator against its baselines
 	@echo "==> benchmark"
 	@$(BIN)/python benchmarks/bench_adapter_mixture.py $(ARGS)
+
+triton-resources: $(READY)  ## compile every Triton launch without a GPU; table in docs/
+	@echo "==> Triton kernels, compiled"
+	@$(BIN)/python tests/helpers/triton_offline.py --page docs/triton_resources.md
 
 report: $(READY)  ## make the tables and plots from benchmarks/results
 	@echo "==> report"

@@ -419,6 +419,8 @@ def test_hidden_units_that_are_returned_are_kept_once(impl, activation):
 @pytest.mark.parametrize("gate", GATE_FORMS, ids=["percall", "persequence", "pertoken"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_no_tensor_holds_the_output_of_every_adapter(impl, dtype, gate):
+    if impl == "triton" and INTERPRETED:
+        pytest.skip("Triton's interpreter looks at tensors as bytes")
     tokens, experts, width = 2 * 16, 64, 48
     inputs = make_inputs(2, 16, E=experts, D=width, R=2, H=width, dtype=dtype, gate=gate)
     with LargestTensor() as largest:
