@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from implementations import IMPLS, INTERPRETED, WIDEST, needs_extension
+from implementations import IMPLS, INTERPRETED, TRITON, WIDEST, needs_extension
 from rounding import assert_equals_reference, assert_within, rounding_bounds
 
 from pemt_fast import adapter_mixture
@@ -575,7 +575,8 @@ def test_any_call_equals_the_reference(implementation, call, recompute):
 
 @settings(max_examples=30)
 @given(call=any_call())
-@pytest.mark.parametrize("implementation", IMPLS)
+# Thousands of tokens at a time: too many for Triton's interpreter.
+@pytest.mark.parametrize("implementation", [impl for impl in IMPLS if impl is not TRITON])
 def test_any_call_is_within_the_error_budget(implementation, call):
     # Wide enough for the eager error to be more than luck: see `assert_matches_oracle`.
     lead, keywords = call
