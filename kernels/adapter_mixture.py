@@ -70,7 +70,7 @@ def _precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: as torch's setting for its own matmuls says."""
     if dtype != torch.float32:
         return "ieee"  # has no meaning for 16-bit inputs; one name, one compilation
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 class Walk(NamedTuple):
@@ -119,14 +119,18 @@ def _common(walk: Walk, layout: Layout) -> dict[str, Any]:
         "GROUP": layout.group,
         "PER_ADAPTER": layout.per_adapter,
         "BACKWARD": walk.backward,
-        # What is kept of unused units is needed for the gradient of their gate.
-        "SKIP": walk.saved is None and walk.hidden is None
-        if not walk.backward
-        else not walk.needs_gate and walk.hidden is None,
+        "SKIP": _may_skip(walk),
         "PRECISION": _precision(walk.x.dtype),
         "WIDEN": is_interpreted() and walk.x.dtype != torch.float32,
         "enable_fp_fusion": True,
     }
+
+
+def _may_skip(walk: Walk) -> bool:
+    """Whether units that no token uses need not exist: nothing but the output is made of them."""
+    if walk.hidden is not None or walk.needs_gate:
+        return False
+    return walk.d_z is None and walk.gated is None if walk.backward else walk.saved is None
 
 
 def _units(walk: Walk) -> dict[str, Any]:

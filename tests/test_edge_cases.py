@@ -189,6 +189,25 @@ def test_hidden_units_that_overflow_behind_a_zero_gate(
     torch.testing.assert_close(results["d_x"][unused], intact["d_x"][unused])
 
 
+# With so many units or fewer a kernel may keep them to itself, above it writes them to memory.
+@pytest.mark.parametrize("rank", [8, 200], ids=lambda r: f"R{r}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize("implementation", IMPLS)
+def test_weights_of_an_unused_adapter_beside_a_frozen_gate(implementation, dtype, rank):
+    # Nothing needs its hidden units, yet its weights have a gradient: exactly zero.
+    inputs = make_inputs(
+        2, 40, E=3, D=20, R=rank, H=24, gate="[B, E]", dtype=dtype,
+        requires_grad=("x", "w_down", "w_up", "b_down"),
+    )  # fmt: skip
+    gate = inputs.gate.detach().clone()
+    gate[:, 1] = 0
+    results = inputs.replace(gate=gate).gradients(impl=implementation)
+    for name in ("d_w_down", "d_w_up", "d_b_down"):
+        assert results[name].isfinite().all(), name
+        assert not results[name][1].any(), name
+        assert results[name][0].any(), name
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
 @pytest.mark.parametrize("where", ["call", "token"])
 def test_a_broken_adapter_among_unequal_ranks(impl, where, recompute):

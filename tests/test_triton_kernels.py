@@ -87,6 +87,17 @@ def test_weight_gradients_in_parts(monkeypatch, down, up):
         assert_within_budget("d_w", result, exact, (left.T @ right))
 
 
+def test_precision_follows_the_setting_of_torch():
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        for setting, expected in (("tf32", "tf32"), ("ieee", "ieee")):
+            settings.fp32_precision = setting
+            assert launcher._precision(torch.float32) == expected
+    finally:
+        settings.fp32_precision = before
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 

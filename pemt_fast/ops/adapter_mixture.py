@@ -5,8 +5,8 @@ Letters: B sequences, S tokens per sequence, T = B·S tokens, E adapters (expert
 R bottleneck, H output width, N = ΣR total bottleneck (E·R when the ranks are equal).
 
 From here: `validation.py` (the rules), `autograd.py` (what is kept for backward), then the
-implementation that `dispatch.py` names: `stacked.py` (`impl="torch"`) or `reference.py`. The C++
-kernels (`impl="cpu"`) begin at `native.py`.
+implementation that `dispatch.py` names: `stacked.py` (`impl="torch"`), `triton_backend.py` or
+`reference.py`. The C++ kernels (`impl="cpu"`) begin at `native.py`.
 """
 
 from __future__ import annotations

@@ -150,12 +150,11 @@ def shipped(kind: str) -> list[Launch]:
         for (row_kind, element, backward), rows in configs.TABLE.items():
             for row in rows if row_kind == kind else ():
                 walk = walk_of(row, element, backward)
-                tf32 = (False, True) if element == 4 else (False,)
-                for allowed in tf32:
-                    torch.backends.cuda.matmul.allow_tf32 = allowed
+                precisions = ("ieee", "tf32") if element == 4 else ("ieee",)
+                for precision in precisions:
+                    torch.backends.cuda.matmul.fp32_precision = precision
                     run(walk)
-        torch.backends.cuda.matmul.allow_tf32 = False
-        units, rows = torch.empty(2, 8192, 128, dtype=torch.bfloat16, device="meta"), walk.x
+        units = torch.empty(2, 8192, 128, dtype=torch.bfloat16, device="meta")
         rows = torch.empty(8192, WIDTH, dtype=torch.bfloat16, device="meta")
         adapter_mixture.weight_gradients(units[0], rows, units[1], rows)
     for launch in launches:
