@@ -4,7 +4,8 @@
 One opaque, differentiable operator per call for autograd, `torch.compile` and export. This file
 owns what is kept for backward and what is skipped; the arithmetic is in the pair `forward` /
 `backward` of the implementation that `dispatch.py` names (`stacked.py` for `impl="torch"`,
-`triton_backend.py` for `impl="triton"`). The kernels of `csrc/` have an operator of their own, see `native.py`.
+`triton_backend.py` for `impl="triton"`). The kernels of `csrc/` have an operator of their own, see
+`native.py`.
 
 Saved for backward: `z` (gelu, silu) or `act(z)` (identity, relu), T·N elements in the dtype of
 `x`; `x` itself only if `w_down` is trained or with `recompute`, which saves no hidden units at all.

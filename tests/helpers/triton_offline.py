@@ -29,6 +29,14 @@ from pemt_fast.kernels.adapter_mixture import Walk, run
 
 WIDTH, RANK = 768, 64
 MOST_UNITS, MOST_TOKENS = 1024, 65536
+
+# Kind in the table, compute capability, shared memory of one program, what runs large products.
+GPUS = [
+    ("hopper", 90, 227 << 10, "wgmma"),
+    ("hopper", 100, 227 << 10, "tcgen05.mma"),
+    ("ampere", 80, 163 << 10, "mma.sync"),
+    ("other", 86, 64 << 10, "mma.sync"),
+]
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -204,8 +212,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write all GPUs of the table to this file")
     options = parser.parse_args()
     if options.page:
-        gpus = (("hopper", 90), ("hopper", 100), ("ampere", 80), ("other", 86))
-        tables = [table(*gpu) for gpu in gpus]
+        tables = [table(kind, capability) for kind, capability, *_ in GPUS]
         options.page.write_text("\n\n".join([INTRODUCTION.strip(), *tables]) + "\n")
         return
     results = [resources(launch, options.capability) for launch in shipped(options.kind)]
