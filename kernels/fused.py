@@ -72,10 +72,11 @@ def fused_kernel(
             )  # fmt: skip
         chunks = chunks + (h,)
     if BACKWARD and b_up is not None and gate_sums is not None:
-        gate_bias_sums(
-            x, x_row, WIDTH_IN, b_up, tokens, writes, gate_sums, gate_sums_row, N, E, PADDED_E,
-            GROUP, BM, BK, EVEN_IN, STAGES, PRECISION, WIDEN,
-        )  # fmt: skip
+        if tl.program_id(1) == 0:
+            gate_bias_sums(
+                x, x_row, WIDTH_IN, b_up, tokens, writes, gate_sums, gate_sums_row, N, E, PADDED_E,
+                GROUP, BM, BK, EVEN_IN, STAGES, PRECISION, WIDEN,
+            )  # fmt: skip
 
     begin = tl.program_id(1) * SPAN
     end = tl.minimum(begin + SPAN, WIDTH_OUT)
