@@ -599,7 +599,8 @@ def test_memory_that_is_used_again_is_packed_again(shape):
         inputs = inputs.replace(w_down=weight.w_down)
         del weight
         torch.testing.assert_close(run(inputs), run(fresh(inputs)), **BITWISE)
-    assert len(addresses) < 30, "an address must come again for the case to say anything"
+    if not SANITIZED:  # the sanitizer keeps freed memory
+        assert len(addresses) < 30, "an address must come again for the case to say anything"
 
 
 def resident_bytes():
