@@ -4,15 +4,18 @@
 A choice is a row of a table by kind of GPU, width of the dtype, direction, N and a bucket of T, so
 that a call never tunes anything and other numbers of tokens compile nothing new. No row has been
 timed yet: they are what compiles without spills (`docs/triton_resources.md`), the ones that read
-least memory first.
+least memory first. `pemt-fast tune` times the choices on a GPU; its rows (`tuned.py`) come first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
+
+from pemt_fast.kernels import cache
 
 ANY = 1 << 62
 
@@ -51,11 +54,14 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """`choice` for at most `units` hidden units and `tokens` tokens."""
+    """`choice` for at most `units` hidden units and `tokens` tokens.
+
+    A `Tile` is for `weight_gradient_kernel`, None for the library's matmul instead of it.
+    """
 
     units: int
     tokens: int
-    choice: Fused | Pair
+    choice: Fused | Pair | Tile | None
 
 
 _SQUARE = Tile(128, 128, warps=8)
@@ -126,6 +132,15 @@ _OTHER = (
     Row(ANY, ANY, Pair(Tile(64, 64, stages=2), Tile(64, 64, stages=2))),
 )
 
+# What else `pemt-fast tune` tries.
+MORE = (
+    Fused(32, 64), Fused(32, 128), Fused(64, 64), Fused(64, 64, warps=8), Fused(64, 128, warps=8),
+    Fused(128, 64, warps=8), Fused(128, 128, warps=8), Pair(_FLAT, _FLAT), Pair(_NARROW, _NARROW),
+    Pair(_NARROW, _SQUARE), Pair(_SQUARE, _SQUARE), Pair(Tile(64, 64), Tile(64, 64)),
+    Pair(_SQUARE, Tile(128, 256, warps=8)),
+)  # fmt: skip
+MORE_SUMS = (Tile(64, 64), Tile(64, 128), Tile(64, 256, warps=8), Tile(128, 128, warps=8))
+
 # Kind of GPU, bytes of an element, backward -> rows; the first one that fits is taken.
 TABLE: dict[tuple[str, int, bool], tuple[Row, ...]] = {
     ("hopper", 2, False): _HOPPER_FORWARD,
@@ -141,10 +156,16 @@ TABLE: dict[tuple[str, int, bool], tuple[Row, ...]] = {
 # Shared memory that one program may use, in bytes, from which on a GPU is of this kind.
 _SHARED = {"hopper": 227 << 10, "ampere": 163 << 10, "other": 0}
 
-# Gradients of the weights: from so many tokens on and up to so many units our kernel, else the
-# library's matmul, which has more to choose from where the result is large.
-_SUM = Tile(64, 128)
-_SUM_TOKENS, _SUM_UNITS = 4096, 128
+# Kind of GPU, bytes of an element -> rows of the gradients of the weights. Our kernel where tokens
+# are many and the result small; the library has more to choose from.
+_LIBRARY = (Row(ANY, ANY, None),)
+_SPLIT = (Row(128, 4095, None), Row(128, ANY, Tile(64, 128)), *_LIBRARY)
+SUMS: dict[tuple[str, int], tuple[Row, ...]] = {
+    ("hopper", 2): _SPLIT,
+    ("ampere", 2): _SPLIT,
+    ("other", 2): _LIBRARY,
+    **{(kind, 4): _LIBRARY for kind in ("hopper", "ampere", "other")},
+}
 REDUCE_COLUMNS = 512
 
 GATE_ROWS = 64  # rows of the gate that one program of `gate_gradient_kernel` finishes
@@ -159,18 +180,63 @@ def kind_of_gpu(shared_memory: int) -> str:
 @functools.cache
 def device_facts(device: torch.device) -> tuple[str, int]:
     """Kind of GPU and number of multiprocessors; on a CPU, interpreted, those of an H200."""
-    if device.type != "cuda":
-        return "hopper", 132
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 0)
-    return kind_of_gpu(shared), properties.multi_processor_count
+    kind, processors = "hopper", 132
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        kind = kind_of_gpu(getattr(properties, "shared_memory_per_block_optin", 0))
+        processors = properties.multi_processor_count
+    tuned = cache.load(TUNED, device)
+    if tuned is None:
+        return kind, processors
+    own = f"{kind}, tuned on {device}"
+    for element in (2, 4):
+        # Shipped rows behind: for those that only a pair of kernels can do.
+        SUMS[own, element] = _decode(tuned, _key(element, None)) + SUMS[kind, element]
+        for backward in (False, True):
+            rows = _decode(tuned, _key(element, backward))
+            TABLE[own, element, backward] = rows + TABLE[kind, element, backward]
+    return own, processors
+
+
+TUNED = "tuned"  # name of the file
+_CHOICES = {choice.__name__: choice for choice in (Fused, Pair, Tile)}
+
+
+def _key(element: int, backward: bool | None) -> str:
+    way = {False: "forward", True: "backward", None: "weights"}[backward]
+    return f"{8 * element} bits, {way}"
+
+
+def encode(tables: dict[tuple[int, bool | None], tuple[Row, ...]]) -> dict[str, Any]:
+    """Rows by bytes of an element and direction (None: weights), as JSON can hold them."""
+    return {
+        _key(*key): [
+            {"units": row.units, "tokens": row.tokens, "choice": type(row.choice).__name__}
+            | (dataclasses.asdict(row.choice) if row.choice else {})
+            for row in rows
+        ]
+        for key, rows in tables.items()
+    }
+
+
+def _decode(tuned: dict[str, Any], key: str) -> tuple[Row, ...]:
+    rows = []
+    for entry in tuned.get(key, ()):
+        fields = {k: Tile(**v) if isinstance(v, dict) else v for k, v in entry.items()}
+        units, tokens, kind = (fields.pop(name) for name in ("units", "tokens", "choice"))
+        rows.append(Row(units, tokens, _CHOICES[kind](**fields) if kind in _CHOICES else None))
+    return tuple(rows)
 
 
 def choose(kind: str, element: int, backward: bool, N: int, T: int) -> Fused | Pair:
     """The row of the table; blocks of units no wider than the units are many."""
-    rows = TABLE[kind, element, backward]
-    choice = next(row.choice for row in rows if row.units >= N and row.tokens >= T)
+    choice = _first(TABLE[kind, element, backward], N, T)
+    assert isinstance(choice, Fused | Pair)
     return narrowed(choice, N)
+
+
+def _first(rows: tuple[Row, ...], N: int, T: int) -> Fused | Pair | Tile | None:
+    return next(row.choice for row in rows if row.units >= N and row.tokens >= T)
 
 
 def narrowed(choice: Fused | Pair, N: int) -> Fused | Pair:
@@ -206,9 +272,9 @@ def columns_of_span(choice: Fused, T: int, width: int, processors: int) -> int:
 
 def choose_weight_gradient(kind: str, element: int, N: int, T: int) -> Tile | None:
     """The tile of `weight_gradient_kernel`, None for the library's matmul."""
-    if kind == "other" or element != 2 or T < _SUM_TOKENS or N > _SUM_UNITS:
-        return None
-    return _SUM
+    tile = _first(SUMS[kind, element], N, T)
+    assert tile is None or isinstance(tile, Tile)
+    return tile
 
 
 def splits_of(tile: Tile, tiles: int, T: int, processors: int) -> tuple[int, int]:

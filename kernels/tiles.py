@@ -48,7 +48,7 @@ def first_product(
 @triton.jit
 def load_gates(gate, adapters, gate_rows, first_group, E, GROUPS: tl.constexpr, COUNT: tl.constexpr,
                PER_ADAPTER: tl.constexpr):  # fmt: skip
-    """Gates [BM, COUNT] of the groups from `first_group` on, 0 beyond the last of `GROUPS`.
+    """Gates [BM, COUNT] in float32 of the groups from `first_group` on, 0 beyond the last one.
 
     Adapters of equal rank have `PER_ADAPTER` groups each; else `adapters` names each group's.
     """
@@ -58,7 +58,7 @@ def load_gates(gate, adapters, gate_rows, first_group, E, GROUPS: tl.constexpr, 
     else:
         adapter = tl.load(adapters + group, mask=group < GROUPS, other=0)
     place = gate_rows[:, None] * E + adapter[None, :]
-    return tl.load(gate + place, mask=(group < GROUPS)[None, :], other=0.0)
+    return tl.load(gate + place, mask=(group < GROUPS)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -128,6 +128,7 @@ def add_up_bias(acc, gate, gate_rows, b_up, columns, WIDTH, E: tl.constexpr,
     """
     e = tl.arange(0, PADDED_E)
     g = tl.load(gate + gate_rows[:, None] * E + e[None, :], mask=(e < E)[None, :], other=0.0)
+    g = g.to(tl.float32)
     mask = (e < E)[:, None] & (columns < WIDTH)[None, :]
     b = tl.load(b_up + e[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0)
     if CAREFUL:

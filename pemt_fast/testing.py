@@ -234,8 +234,7 @@ def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor
     if actual.numel() == 0:
         return
     error = (actual.detach().double() - exact).abs()
-    eager_error = float((eager.detach().double() - exact).abs().max())
-    step = torch.finfo(actual.dtype).eps * float(exact.abs().max())
+    eager_error, step = _error_of_eager_and_step(actual, exact, eager)
     budget = 2 * (eager_error + step)
     worst = int(error.argmax())
     index = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]
@@ -244,6 +243,20 @@ def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor
         f"= 2 · ({eager_error:.3e} of the eager loop + {step:.3e} of rounding), worst at {index}: "
         f"{float(actual.flatten()[worst])!r} instead of {float(exact.flatten()[worst])!r}"
     )
+
+
+def _error_of_eager_and_step(actual: Tensor, exact: Tensor, eager: Tensor) -> tuple[float, float]:
+    eager_error = float((eager.detach().double() - exact).abs().max())
+    return eager_error, torch.finfo(actual.dtype).eps * float(exact.abs().max())
+
+
+def share_of_budget(actual: Tensor, exact: Tensor, eager: Tensor) -> float:
+    """The error over what `assert_within_budget` allows; 1 and below passes."""
+    if actual.numel() == 0:
+        return 0.0
+    error = float((actual.detach().double() - exact).abs().max())
+    budget = 2 * sum(_error_of_eager_and_step(actual, exact, eager))
+    return error / budget if budget > 0 else float(error > 0)
 
 
 def assert_matches_oracle(
@@ -259,6 +272,19 @@ def assert_matches_oracle(
         function: The operator under test, called like `adapter_mixture`.
         options: Passed to `function`, for instance `impl`.
     """
+    for name, (actual, exact, eager) in compare_with_oracle(make, function, **options).items():
+        assert_within_budget(name, actual, exact, eager)
+
+
+def compare_with_oracle(
+    make: Callable[[int], MixtureInputs],
+    function: Callable[..., Tensor] = adapter_mixture,
+    **options: object,
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Name → (of `function`, oracle, eager loop), for the output and all gradients.
+
+    Arguments as in `assert_matches_oracle`.
+    """
     first = make(0)
     smallest = min(t.numel() for t in first.tensors().values())
     draws = min(_MOST_DRAWS, math.ceil(_POOLED_ELEMENTS / max(smallest, 1)))
@@ -272,9 +298,10 @@ def assert_matches_oracle(
                 inputs.gradients(adapter_mixture_loop),
             )
         )
-    for name in results[0][0]:
-        actual, exact, eager = (torch.stack([r[i][name] for r in results]) for i in range(3))
-        assert_within_budget(name, actual, exact, eager)
+    return {
+        name: tuple(torch.stack([r[i][name] for r in results]) for i in range(3))  # type: ignore
+        for name in results[0][0]
+    }
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     HF_HOME=_CACHE.name,
+    PEMT_FAST_CACHE=f"{_CACHE.name}/pemt_fast",
 )
 
 import hypothesis  # noqa: E402

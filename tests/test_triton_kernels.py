@@ -26,9 +26,17 @@ if importlib.util.find_spec("triton") is not None:
     from triton_offline import GPUS
 
     from pemt_fast.kernels import adapter_mixture as launcher
-    from pemt_fast.kernels import configs
+    from pemt_fast.kernels import configs, walk, weight_gradients
 
 HELPERS = Path(__file__).parent / "helpers"
+
+
+@pytest.fixture(autouse=True)
+def _plans_of_their_own():
+    """Tests here replace what plans are made from."""
+    launcher.PLANS.clear()
+    yield
+    launcher.PLANS.clear()
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -68,12 +76,14 @@ def test_every_choice_of_blocks(monkeypatch, element, backward, choice):
 @pytest.mark.parametrize("up", [True, False], ids=["up", "frozen-up"])
 def test_weight_gradients_in_parts(monkeypatch, down, up):
     tile = configs.Tile(64, 128, 32)
-    monkeypatch.setattr(launcher, "choose_weight_gradient", lambda *_: tile)
+    monkeypatch.setattr(weight_gradients, "choose_weight_gradient", lambda *_: tile)
     generator = torch.Generator().manual_seed(0)
     d_z, gated, x, d_out = (
         torch.randn(700, width, generator=generator) for width in (70, 70, 45, 150)
     )
-    found = launcher.weight_gradients(d_z if down else None, x, gated if up else None, d_out)
+    found = weight_gradients.weight_gradients(
+        d_z if down else None, x, gated if up else None, d_out
+    )
     for result, left, right in zip(found, (d_z if down else None, gated if up else None),
                                    (x, d_out), strict=True):  # fmt: skip
         if left is None:
@@ -89,7 +99,7 @@ def test_precision_follows_the_setting_of_torch():
     try:
         for setting, expected in (("tf32", "tf32"), ("ieee", "ieee")):
             settings.fp32_precision = setting
-            assert launcher._precision(torch.float32) == expected
+            assert walk.precision_of(torch.float32) == expected
     finally:
         settings.fp32_precision = before
 

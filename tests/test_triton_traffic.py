@@ -19,10 +19,19 @@ if importlib.util.find_spec("triton") is not None:
     from triton_traffic import counted
 
     from pemt_fast.kernels import adapter_mixture as launcher
+    from pemt_fast.kernels import plans, weight_gradients
     from pemt_fast.kernels.configs import Fused, Pair, Tile
 
 B, S, D, H, E = 2, 35, 40, 72, 3
 T, FLOAT = B * S, 4
+
+
+@pytest.fixture(autouse=True)
+def _plans_of_their_own():
+    """Tests here replace what plans are made from."""
+    launcher.PLANS.clear()
+    yield
+    launcher.PLANS.clear()
 
 
 def up(a, b):
@@ -35,7 +44,7 @@ def run(monkeypatch, choice, *, ranks, bias, gate, dtype=torch.float32, columns=
     monkeypatch.setattr(launcher, "choose", lambda *_: choice)
     monkeypatch.setattr(launcher, "choose_pair", lambda *_: choice)
     if columns is not None:
-        monkeypatch.setattr(launcher, "columns_of_span", lambda *_: columns)
+        monkeypatch.setattr(plans, "columns_of_span", lambda *_: columns)
     inputs = make_inputs(
         B, S, E=E, D=D, R=ranks, H=H, gate=gate, bias=bias, activation="relu", dtype=dtype,
     )  # fmt: skip
@@ -161,12 +170,12 @@ def test_end_of_the_gate_gradient(monkeypatch, gate):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_weight_gradients(monkeypatch, dtype):
     tile = Tile(16, 32, 16)
-    monkeypatch.setattr(launcher, "choose_weight_gradient", lambda *_: tile)
-    monkeypatch.setattr(launcher, "device_facts", lambda _: ("hopper", 16))
+    monkeypatch.setattr(weight_gradients, "choose_weight_gradient", lambda *_: tile)
+    monkeypatch.setattr(weight_gradients, "device_facts", lambda _: ("hopper", 16))
     N, b = 40, dtype.itemsize
     d_z, gated, x, d_out = (torch.ones(T, width, dtype=dtype) for width in (N, N, D, H))
     with counted() as found:
-        launcher.weight_gradients(d_z, x, gated, d_out)
+        weight_gradients.weight_gradients(d_z, x, gated, d_out)
     down, back, rows = up(D, tile.columns), up(H, tile.columns), up(N, tile.rows)
     tiles = rows * (down + back)
     splits = up(T, up(up(T, 2 * 16 // tiles), tile.terms) * tile.terms)

@@ -6,7 +6,8 @@ R bottleneck, H output width, N = ΣR total bottleneck (E·R when the ranks are 
 
 From here: `validation.py` (the rules), `autograd.py` (what is kept for backward), then the
 implementation that `dispatch.py` names: `stacked.py` (`impl="torch"`), `triton_backend.py` or
-`reference.py`. The C++ kernels (`impl="cpu"`) begin at `native.py`.
+`reference.py`. The C++ kernels (`impl="cpu"`) begin at `native.py`. A call without gradients takes
+a shorter way to the Triton kernels, `triton_door.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pemt_fast.ops import native
+from pemt_fast.ops import autograd, native, triton_door
 from pemt_fast.ops.autograd import autocast_dtype, without_autocast
 from pemt_fast.ops.dispatch import CPU_KERNELS_ARE_FAST, resolve_impl
 from pemt_fast.ops.reference import adapter_mixture_reference
@@ -87,6 +88,10 @@ def adapter_mixture(
         out = native.door(
             x, gate, w_down, w_up, b_down, b_up, base, activation, recompute, False, ranks
         )
+        if out is not None:
+            return out
+    if impl in ("auto", "triton") and not torch.compiler.is_compiling():
+        out = triton_door.door(x, gate, w_down, w_up, b_down, b_up, base, activation, impl, ranks)
         if out is not None:
             return out
     out, _ = _call(
@@ -164,7 +169,7 @@ def _call(
             x, gate, w_down, w_up, b_down, b_up, base,
             rank_list, activation, recompute, with_hidden,
         )  # fmt: skip
-    return torch.ops.pemt_fast.adapter_mixture(
+    return autograd.adapter_mixture(
         x, gate, w_down, w_up, b_down, b_up, base,
         rank_list, activation, impl, recompute, with_hidden,
     )  # fmt: skip

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`torch.ops.pemt_fast.adapter_mixture`: registration, memory and gradients of the operator.
 
-One opaque, differentiable operator per call for autograd, `torch.compile` and export. This file
-owns what is kept for backward and what is skipped; the arithmetic is in the pair `forward` /
-`backward` of the implementation that `dispatch.py` names (`stacked.py` for `impl="torch"`,
-`triton_backend.py` for `impl="triton"`). The kernels of `csrc/` have an operator of their own, see
-`native.py`.
+One opaque, differentiable operator per call for autograd, `torch.compile` and export; an eager call
+that nobody watches does the same without `torch.ops` (`watchers.py`). This file owns what is kept
+for backward and what is skipped; the arithmetic is in the pair `forward` / `backward` of the
+implementation that `dispatch.py` names (`stacked.py` for `impl="torch"`, `triton_backend.py` for
+`impl="triton"`). The kernels of `csrc/` have an operator of their own, see `native.py`.
 
 Saved for backward: `z` (gelu, silu) or `act(z)` (identity, relu), T·N elements in the dtype of
 `x`; `x` itself only if `w_down` is trained or with `recompute`, which saves no hidden units at all.
@@ -24,6 +24,7 @@ from torch import Tensor
 from pemt_fast.ops import fakes
 from pemt_fast.ops.dispatch import backend
 from pemt_fast.ops.stacked import Weights, keeps_pre_activation
+from pemt_fast.ops.watchers import nobody_watches
 
 _INPUTS = (
     "Tensor x, Tensor gate, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, "
@@ -41,7 +42,7 @@ _LIBRARY.define(
 _OPS = torch.ops.pemt_fast
 
 
-def _pack(
+def pack(
     w_down: Tensor, w_up: Tensor, b_down: Tensor | None, b_up: Tensor | None, dtype: torch.dtype
 ) -> Weights:
     """Stacked or packed parameters as `[N, ·]` views, cast only where the dtype differs."""
@@ -90,7 +91,7 @@ def _forward(
         out, hidden, saved = backend(impl).forward(
             x.reshape(-1, x.shape[-1]),
             gate.reshape(-1, gate.shape[-1]),
-            _pack(w_down, w_up, b_down, b_up, x.dtype),
+            pack(w_down, w_up, b_down, b_up, x.dtype),
             None if base is None else base.reshape(-1, h),
             tuple(ranks),
             activation,
@@ -99,10 +100,15 @@ def _forward(
         )
     none = x.new_empty(0)
     return (
-        out.view(*lead, h),
-        none if hidden is None else hidden.view(*lead, hidden.shape[-1]),
+        _shaped(out, lead),
+        none if hidden is None else _shaped(hidden, lead),
         x.new_empty(0) if saved is None else saved,
     )
+
+
+def _shaped(result: Tensor, lead: torch.Size) -> Tensor:
+    """`[T, width]` as `[*lead, width]`, not a view: autograd refuses to change those in place."""
+    return torch.ops.aten._unsafe_view.default(result, [*lead, result.shape[-1]])
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +137,7 @@ def _backward(
             None if grad_hidden is None else grad_hidden.reshape(-1, sum(ranks)).to(dtype),
             None if x is None else x.reshape(-1, x.shape[-1]),
             gate.reshape(-1, gate.shape[-1]),
-            _pack(w_down, w_up, b_down, b_up, dtype),
+            pack(w_down, w_up, b_down, b_up, dtype),
             None if saved is None else saved.reshape(-1, sum(ranks)),
             tuple(ranks),
             activation,
@@ -193,6 +199,7 @@ class AdapterMixtureFunction(torch.autograd.Function):
         impl: str,
         recompute: bool,
         with_hidden: bool,
+        watched: bool,
     ) -> tuple[Tensor, Tensor]:
         needs = ctx.needs_input_grad[:6]
         needs_hidden = any(needs[:5])
@@ -200,7 +207,8 @@ class AdapterMixtureFunction(torch.autograd.Function):
         shared = with_hidden and not keeps_pre_activation(activation)
         save = needs_hidden and not recompute and not shared
         with torch._C._AutoDispatchBelowAutograd():
-            out, hidden, saved = _OPS.adapter_mixture_forward(
+            run = _OPS.adapter_mixture_forward.default if watched else _forward
+            out, hidden, saved = run(
                 x, gate, w_down, w_up, b_down, b_up, base,
                 ranks, activation, impl, recompute, with_hidden, save,
             )  # fmt: skip
@@ -225,27 +233,44 @@ class AdapterMixtureFunction(torch.autograd.Function):
         grad_hidden: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_hidden is None:
-            return (None,) * 12
-        x, gate, w_down, w_up, b_down, b_up, saved = ctx.saved_tensors
+            return (None,) * 13
+        tensors = ctx.saved_tensors  # once: what recomputes them may be asked only once
+        x, gate, w_down, w_up, b_down, b_up, saved = tensors
         d_base = None
         if ctx.base_dtype is not None and ctx.needs_input_grad[6] and grad_out is not None:
             d_base = grad_out.to(ctx.base_dtype)
         if not any(ctx.needs):
-            return (*(None,) * 6, d_base, *(None,) * 5)
-        grads = _OPS.adapter_mixture_backward(
-            grad_out, grad_hidden, x, gate, w_down, w_up, b_down, b_up,
-            saved, ctx.ranks, ctx.activation, ctx.impl, ctx.needs,
-        )  # fmt: skip
+            return (*(None,) * 6, d_base, *(None,) * 6)
+        watched = not nobody_watches(grad_out, grad_hidden, *tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            run = _OPS.adapter_mixture_backward.default if watched else _backward
+            grads = run(
+                grad_out, grad_hidden, x, gate, w_down, w_up, b_down, b_up,
+                saved, ctx.ranks, ctx.activation, ctx.impl, ctx.needs,
+            )  # fmt: skip
         wanted = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-        return (*wanted, d_base, *(None,) * 5)
+        return (*wanted, d_base, *(None,) * 6)
+
+
+def adapter_mixture(*args: Any) -> tuple[Tensor, Tensor]:
+    """The operator on checked arguments, in the order of its schema: output and hidden units."""
+    if not nobody_watches(*args[:7]):
+        return _OPS.adapter_mixture.default(*args)
+    if _is_differentiated(args):
+        return AdapterMixtureFunction.apply(*args, False)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_only(*args)
+
+
+def _is_differentiated(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7])
 
 
 def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs = args[:7]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return AdapterMixtureFunction.apply(*args)
+    if _is_differentiated(args):
+        return AdapterMixtureFunction.apply(*args, True)
     with torch._C._AutoDispatchBelowAutograd():
-        return _OPS.adapter_mixture(*args)
+        return _OPS.adapter_mixture.default(*args)
 
 
 def _forward_only(*args: Any) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,15 @@ from types import ModuleType
 import torch
 
 from pemt_fast.ops import extension
+from pemt_fast.ops.verified import is_verified
 
 logger = logging.getLogger("pemt_fast")
 
 IMPLS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 
-# Device type -> what impl="auto" takes, if it can run, before "torch", which can run anywhere.
-# Kernels enter after they were measured.
-AUTO_TABLE = {"cpu": "cpu", "cuda": "torch"}
+# Device type -> what impl="auto" takes, if it can run, before "torch", which can run anywhere. The
+# Triton kernels also have to be verified on the GPU at hand, see `verified.py`.
+AUTO_TABLE = {"cpu": "cpu", "cuda": "triton"}
 
 # Implementation -> module with the pair forward / backward of `stacked.py`.
 _BACKENDS = {"torch": "pemt_fast.ops.stacked", "triton": "pemt_fast.ops.triton_backend"}
@@ -33,7 +34,8 @@ _BACKENDS = {"torch": "pemt_fast.ops.stacked", "triton": "pemt_fast.ops.triton_b
 # Under Triton's interpreter its kernels run on any device, slowly: for tests.
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Constants, so that a traced call does not ask again.
+# Constants, so that no call asks again.
+_TRITON_MISSING = importlib.util.find_spec("triton") is None
 _EXTENSION = extension.load()
 _EXTENSION_MISSING = extension.missing_reason()
 
@@ -53,7 +55,7 @@ def unavailable_reasons(
         reasons.append(f"it runs on {wanted} tensors, x is on {device}")
     if wanted == "cuda" and not torch.cuda.is_available():
         reasons.append("torch sees no CUDA device")
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
+    if impl == "triton" and _TRITON_MISSING:
         reasons.append("the package triton is not installed")
     if impl == "cpu" and _EXTENSION_MISSING is not None:
         reasons.append(_EXTENSION_MISSING)
@@ -69,7 +71,9 @@ def auto_impl(device: torch.device, dtype: torch.dtype | None = None) -> str:
     impl = AUTO_TABLE.get(device.type, "torch")
     if impl == "cpu" and not CPU_KERNELS_ARE_FAST:
         return "torch"
-    return "torch" if unavailable_reasons(impl, device, dtype) else impl
+    if unavailable_reasons(impl, device, dtype):
+        return "torch"
+    return "torch" if impl == "triton" and not is_verified(device, dtype) else impl
 
 
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:

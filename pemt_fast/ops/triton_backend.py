@@ -7,10 +7,15 @@ are collected; which kernel runs is decided in `kernels/adapter_mixture.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
-from pemt_fast.kernels.adapter_mixture import Walk, run, weight_gradients
+from pemt_fast.kernels.adapter_mixture import plan_of, run
+from pemt_fast.kernels.walk import Walk
+from pemt_fast.kernels.weight_gradients import weight_gradients
 from pemt_fast.ops.stacked import Gradients, Weights, up_bias_gradient
 
 
@@ -19,7 +24,19 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _walk_forward(
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which launches go to this device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _gate(gate: Tensor) -> Tensor:
+    """Dense, in a dtype of the kernels."""
+    return (gate.float() if gate.dtype == torch.float64 else gate).contiguous()
+
+
+def forward_walk(
     x: Tensor,
     gate: Tensor,
     weights: Weights,
@@ -29,24 +46,50 @@ def _walk_forward(
     base: Tensor | None = None,
     saved: Tensor | None = None,
     hidden: Tensor | None = None,
-) -> None:
-    run(
-        Walk(
-            x=_rows(x),
-            gate=gate.float().contiguous(),
-            first=_rows(weights.w_down),
-            second=_rows(weights.w_up),
-            ranks=ranks,
-            activation=activation,
-            backward=False,
-            out=out,
-            base=base,
-            b_down=None if weights.b_down is None else weights.b_down.contiguous(),
-            b_up=None if weights.b_up is None else weights.b_up.contiguous(),
-            saved=saved,
-            hidden=hidden,
-        )
+) -> Walk:
+    """The forward pass over flat tensors, in the form the kernels expect."""
+    if base is not None:
+        base = _rows(base.float() if base.dtype == torch.float64 else base)
+    return Walk(
+        x=_rows(x),
+        gate=_gate(gate),
+        first=_rows(weights.w_down),
+        second=_rows(weights.w_up),
+        ranks=ranks,
+        activation=activation,
+        backward=False,
+        out=out,
+        base=base,
+        b_down=None if weights.b_down is None else weights.b_down.contiguous(),
+        b_up=None if weights.b_up is None else weights.b_up.contiguous(),
+        saved=saved,
+        hidden=hidden,
     )
+
+
+def forward_call(walk: Walk, lead: torch.Size) -> Callable[..., Tensor]:
+    """What runs walks of this form; it returns the output `[*lead, H]`.
+
+    Takes (x, gate, w_down, w_up, b_down, b_up, base) with the data of the walk, in any shape.
+    """
+    plan = plan_of(walk)
+    shape, dtype, device = (*lead, walk.second.shape[1]), walk.x.dtype, walk.x.device
+    ranks, activation = walk.ranks, walk.activation
+
+    def call(
+        x: Tensor,
+        gate: Tensor,
+        w_down: Tensor,
+        w_up: Tensor,
+        b_down: Tensor | None,
+        b_up: Tensor | None,
+        base: Tensor | None,
+    ) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=device)
+        plan(Walk(x, gate, w_down, w_up, ranks, activation, False, out, base, b_down, b_up))
+        return out
+
+    return call
 
 
 def forward(
@@ -65,9 +108,8 @@ def forward(
     saved = x.new_empty(T, N) if save else None
     hidden = x.new_empty(T, N) if with_hidden else None
     if T > 0:
-        if base is not None:
-            base = _rows(base.float() if base.dtype == torch.float64 else base)
-        _walk_forward(x, gate, weights, ranks, activation, out, base, saved, hidden)
+        with _current(x.device):
+            run(forward_walk(x, gate, weights, ranks, activation, out, base, saved, hidden))
     return out, hidden, saved
 
 
@@ -83,6 +125,21 @@ def backward(
     needs: tuple[bool, ...],
 ) -> Gradients:
     """Only the gradients that `needs` names, in the order of `Gradients`."""
+    with _current(grad_out.device):
+        return _backward(grad_out, grad_hidden, x, gate, weights, saved, ranks, activation, needs)
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_hidden: Tensor | None,
+    x: Tensor | None,
+    gate: Tensor,
+    weights: Weights,
+    saved: Tensor | None,
+    ranks: tuple[int, ...],
+    activation: str,
+    needs: tuple[bool, ...],
+) -> Gradients:
     needs_x, needs_gate, needs_w_down, needs_w_up, needs_b_down, needs_b_up = needs
     (T, _), (N, D) = grad_out.shape, weights.w_down.shape
     if T == 0:
@@ -90,7 +147,7 @@ def backward(
     if saved is None and any(needs[:5]):
         assert x is not None
         saved = grad_out.new_empty(T, N)
-        _walk_forward(x, gate, weights, ranks, activation, None, saved=saved)
+        run(forward_walk(x, gate, weights, ranks, activation, None, saved=saved))
 
     def units_if(needed: bool) -> Tensor | None:
         return grad_out.new_empty(T, N) if needed else None
@@ -103,7 +160,7 @@ def backward(
         d_gate = run(
             Walk(
                 x=grad_out,
-                gate=gate.float().contiguous(),
+                gate=_gate(gate),
                 first=_rows(weights.w_up),
                 second=_rows(weights.w_down),
                 ranks=ranks,

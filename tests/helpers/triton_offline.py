@@ -24,8 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from pemt_fast.kernels import adapter_mixture, configs
-from pemt_fast.kernels.adapter_mixture import Walk, run
+from pemt_fast.kernels import adapter_mixture, configs, plans, weight_gradients
+from pemt_fast.kernels.adapter_mixture import run
+from pemt_fast.kernels.walk import Walk
 
 WIDTH, RANK = 768, 64
 MOST_UNITS, MOST_TOKENS = 1024, 65536
@@ -151,10 +152,14 @@ def walk_of(row: configs.Row, element: int, backward: bool) -> Walk:
 def shipped(kind: str) -> list[Launch]:
     """Every launch that a row of the table makes on this kind of GPU, once."""
     found: dict[str, Launch] = {}
-    with (
-        recorded() as launches,
-        unittest.mock.patch.object(adapter_mixture, "device_facts", lambda device: (kind, 132)),
-    ):
+    facts = [
+        unittest.mock.patch.object(module, "device_facts", lambda device: (kind, 132))
+        for module in (adapter_mixture, plans, weight_gradients)
+    ]
+    adapter_mixture.PLANS.clear()
+    with recorded() as launches, contextlib.ExitStack() as patches:
+        for patch in facts:
+            patches.enter_context(patch)
         for (row_kind, element, backward), rows in configs.TABLE.items():
             for row in rows if row_kind == kind else ():
                 walk = walk_of(row, element, backward)
@@ -164,7 +169,7 @@ def shipped(kind: str) -> list[Launch]:
                     run(walk)
         units = torch.empty(2, 8192, 128, dtype=torch.bfloat16, device="meta")
         rows = torch.empty(8192, WIDTH, dtype=torch.bfloat16, device="meta")
-        adapter_mixture.weight_gradients(units[0], rows, units[1], rows)
+        weight_gradients.weight_gradients(units[0], rows, units[1], rows)
     for launch in launches:
         if launch.kernel.__name__ != "gate_gradient_kernel":
             found.setdefault(str(sorted(describe(launch).items())), launch)

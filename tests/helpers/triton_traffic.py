@@ -10,9 +10,14 @@ from typing import Any
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 
-from pemt_fast.kernels import adapter_mixture
+from pemt_fast.kernels import plans, weight_gradients
 
-KERNELS = [name for name in vars(adapter_mixture) if name.endswith("_kernel")]
+KERNELS = [
+    (module, name)
+    for module in (plans, weight_gradients)
+    for name in vars(module)
+    if name.endswith("_kernel")
+]
 
 
 @dataclasses.dataclass
@@ -30,6 +35,7 @@ class _Counter:
 
     def __init__(self, kernel: Any, found: dict[str, Traffic]) -> None:
         self.kernel, self.found = kernel, found
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
@@ -81,11 +87,7 @@ def counted() -> Iterator[dict[str, Traffic]]:
     """What the kernels that run inside of the block load and store, by the name of the kernel."""
     found: dict[str, Traffic] = {}
     with contextlib.ExitStack() as patches:
-        for name in KERNELS:
-            stand_in = _Counter(getattr(adapter_mixture, name), found)
-            patches.enter_context(unittest.mock.patch.object(adapter_mixture, name, stand_in))
-        # Asks its kernel, which is one of those replaced.
-        patches.enter_context(
-            unittest.mock.patch.object(adapter_mixture, "is_interpreted", lambda: True)
-        )
+        for module, name in KERNELS:
+            stand_in = _Counter(getattr(module, name), found)
+            patches.enter_context(unittest.mock.patch.object(module, name, stand_in))
         yield found

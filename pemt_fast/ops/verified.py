@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the Triton kernels were compared with the reference on this GPU (`pemt-fast doctor`).
+
+Until then `impl="auto"` does not take them, and says so once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pemt_fast.kernels import cache
+
+logger = logging.getLogger("pemt_fast")
+
+_FILE = "verified"
+
+
+@functools.cache
+def verified_dtypes(device: torch.device) -> frozenset[str]:
+    """The dtypes, as torch prints them, in which the kernels passed on this GPU."""
+    return frozenset(cache.load(_FILE, device) or ())
+
+
+def is_verified(device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether the kernels passed on this GPU in this dtype (None: in any); if not, says so once."""
+    found = verified_dtypes(device)
+    if found if dtype is None else str(dtype) in found:
+        return True
+    _log_once(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    return False
+
+
+# A traced call takes the answer for a constant. torch.compiler.assume_constant_result sets the same
+# attribute, and imports the compiler to do it.
+is_verified._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _log_once(gpu: str) -> None:
+    logger.warning(
+        "impl='auto' means 'torch' on %s: with these versions the Triton kernels have not been "
+        "compared with the reference there. `pemt-fast doctor` does that and enables them",
+        gpu,
+    )
+
+
+def remember(device: torch.device, dtypes: Sequence[torch.dtype]) -> Path:
+    """Keep that these dtypes, and no others, passed on this GPU; returns the file."""
+    path = cache.save(_FILE, device, sorted(map(str, dtypes)))
+    verified_dtypes.cache_clear()
+    return path
