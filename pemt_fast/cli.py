@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `pemt-fast demo | train | evaluate | pretrain | info`.
+"""The command line: `pemt-fast demo | train | evaluate | pretrain`, and what `cli_machine.py` adds.
 
 Arguments become calls of `pemt_fast.training`; results are printed as tables and written as JSON
 beside PNG plots. Expected errors end in one line that names what is wrong, never in a traceback.
@@ -7,7 +7,6 @@ beside PNG plots. Expected errors end in one line that names what is wrong, neve
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -20,6 +19,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pemt_fast import cli_machine
+from pemt_fast.console import console, print_table
+
 app = typer.Typer(
     name="pemt-fast",
     help="Mixtures of adapters on T5.",
@@ -27,7 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console()
 
 
 class SourceKind(StrEnum):
@@ -50,16 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    console.print(title, style="bold", soft_wrap=True)
-    table = Table()
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*(f"{v:.1f}" if isinstance(v, float) else str(v) for v in row))
-    console.print(table)
 
 
 def _gate_table(title: str, gates: dict[str, list[float]], sources: Sequence[str]) -> None:
@@ -102,7 +93,7 @@ def demo(
             (method, scores["token_accuracy"], scores["accuracy"])
             for method, scores in target["scores"].items()
         ]
-        _table(
+        print_table(
             f"\ntarget {name} ({target['examples']} examples, related to: {related}), test, %",
             ("method", "letters right", "strings right"),
             rows,
@@ -113,7 +104,7 @@ def demo(
         (dtype, t["loop_ms"], t["ours_ms"], f"{t['speedup']:.2f}x")
         for dtype, t in results["operator"].items()
     ]
-    _table(
+    print_table(
         "\noperator, T5-base feed-forward layer, 8 x 128 tokens, 6 sources, forward + backward",
         ("dtype", "published loop, ms", "adapter_mixture, ms", "speed-up"),
         times,
@@ -189,13 +180,13 @@ def _print_summary(summary: dict) -> None:
         (name, r["examples"]["train"], r["test"]["average"], r["seconds"])
         for name, r in summary["sources"].items()
     ]
-    _table("sources", ("task", "examples", "test, %", "seconds"), rows)
+    print_table("sources", ("task", "examples", "test, %", "seconds"), rows)
     for name, target in summary["targets"].items():
         scores = [
             (method, r["average"], r.get("seconds", 0.0)) for method, r in target["scores"].items()
         ]
         title = f"target {name}, {target['examples']} examples"
-        _table(title, ("method", "test, %", "seconds"), scores)
+        print_table(title, ("method", "test, %", "seconds"), scores)
         _gate_table("gate weight per source", target["gates"], list(target["gate"]))
 
 
@@ -218,7 +209,7 @@ def evaluate(
         model, adapters, task, data,
         limit=limit, batch_size=batch_size, max_source_length=max_source_length,
     )  # fmt: skip
-    _table(f"{task}, test", ("metric", "%"), list(scores.items()))
+    print_table(f"{task}, test", ("metric", "%"), list(scores.items()))
 
 
 @app.command()
@@ -245,61 +236,7 @@ def pretrain(
     console.print(f"pretrained in {result['seconds']:.0f} s: {out}")
 
 
-@app.command()
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Machine readable.")] = False,
-) -> None:
-    """What runs here: versions, devices, and why an implementation is unavailable."""
-    import torch
-
-    from pemt_fast.ops import extension
-    from pemt_fast.ops.dispatch import IMPLS, auto_impl, unavailable_reasons
-    from pemt_fast.training.fit import environment
-
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    impls = {
-        device: {
-            impl: unavailable_reasons(impl, torch.device(device))
-            for impl in IMPLS
-            if impl != "auto"
-        }
-        for device in devices
-    }
-    module = extension.load()
-    compiled = {
-        "built": module is not None,
-        "why_not": extension.missing_reason(),
-        "instruction_set": module.cpu_isa() if module else None,
-        "instruction_sets": module.cpu_isas() if module else [],
-    }
-    variables = {k: v for k, v in os.environ.items() if k.startswith("PEMT_FAST_")}
-    values = {
-        "environment": environment(), "extension": compiled,
-        "auto": {d: auto_impl(torch.device(d)) for d in devices},
-        "unavailable": impls, "variables": variables,
-    }  # fmt: skip
-    if as_json:
-        print(json.dumps(values, indent=2))
-        return
-    _table("environment", ("", ""), list(values["environment"].items()))  # type: ignore[attr-defined]
-    if module:
-        isas = [("in use", module.cpu_isa()), ("possible here", ", ".join(module.cpu_isas()))]
-        _table(f"extension {extension.NAME}", ("instruction set", ""), isas)
-    else:
-        console.print(compiled["why_not"], markup=False, highlight=False, soft_wrap=True)
-    for device in devices:
-        rows = [
-            (
-                impl,
-                "no" if why else "yes",
-                "yes" if auto_impl(torch.device(device)) == impl else "",
-                "; ".join(why),
-            )
-            for impl, why in impls[device].items()
-        ]
-        _table(f"implementations on {device}", ("impl", "runs", "auto", "why not"), rows)
-    if variables:
-        _table("variables", ("name", "value"), list(variables.items()))
+cli_machine.register(app)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,11 @@ PACKAGE = "pemt_fast"
 
 # What each part may import; it may also import whatever those parts may.
 ARROWS = {
-    "cli": {"training"},
+    "cli": {"training", "cli_machine"},
+    "cli_machine": {"console", "doctor", "tuning", "training"},
+    "doctor": {"testing"},
+    "tuning": {"ops"},
+    "console": set(),
     "training": {"interop", "data", "testing", "timing", "version"},
     "interop": {"methods"},
     "methods": {"data", "model"},

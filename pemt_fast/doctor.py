@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare the kernels with the float64 reference on the machine at hand (`pemt-fast doctor`).
+
+The output and every gradient of a few calls, within the error budget of the tests
+(`testing.assert_within_budget`), per implementation and dtype. What the Triton kernels pass on a
+GPU is remembered (`ops/verified.py`), and `impl="auto"` takes them there from then on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pemt_fast.ops import adapter_mixture, triton_door, verified
+from pemt_fast.ops.dispatch import unavailable_reasons
+from pemt_fast.testing import (
+    MixtureInputs,
+    assert_within_budget,
+    compare_with_oracle,
+    make_inputs,
+    share_of_budget,
+)
+
+IMPLS = ("cpu", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# One token; odd sizes with every tensor there is; adapters of unequal rank; PEMT's shape; enough
+# tokens for the kernels of large calls. Leading sizes, and arguments of `make_inputs`.
+_CASES: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
+    ((1,), {"E": 2, "R": 8, "D": 64, "H": 64, "activation": "identity", "bias": False}),
+    ((2, 63), {"E": 6, "R": 24, "D": 75, "H": 141, "activation": "gelu"}),
+    ((130,), {"R": (8, 24, 32), "D": 96, "H": 60, "gate": "[B, S, E]", "activation": "silu"}),
+    ((4, 128), {"E": 6, "R": 64, "D": 3072, "H": 768, "activation": "identity", "bias": False}),
+    ((2, 2500), {"E": 2, "R": 64, "D": 512, "H": 768, "gate": "[B, S, E]", "activation": "relu"}),
+)
+_MOST_TOKENS_INTERPRETED = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What became of one implementation in one dtype on one device."""
+
+    device: str
+    impl: str
+    dtype: str
+    passed: bool
+    worst: float  # share of the error budget, 1 and below is right
+    seconds: float
+    reason: str = ""  # why not, in one line
+
+
+def cases(
+    impl: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[Callable[[int], MixtureInputs]]:
+    """Inputs by seed, of each case; without the large ones in Triton's interpreter."""
+    interpreted = impl == "triton" and device.type == "cpu"
+    for lead, arguments in _CASES:
+        if interpreted and torch.Size(lead).numel() > _MOST_TOKENS_INTERPRETED:
+            continue
+
+        def make(
+            seed: int, lead: tuple[int, ...] = lead, arguments: dict[str, Any] = arguments
+        ) -> MixtureInputs:
+            return make_inputs(*lead, dtype=dtype, device=device, seed=seed, **arguments)
+
+        yield make
+
+
+def examine(impl: str, device: torch.device, dtype: torch.dtype) -> Finding:
+    """Run all cases with and without gradients; the first error ends it."""
+    begin, worst, reason = time.perf_counter(), 0.0, ""
+    try:
+        for make in cases(impl, device, dtype):
+            for name, compared in compare_with_oracle(make, impl=impl).items():
+                worst = max(worst, share_of_budget(*compared))
+                assert_within_budget(name, *compared)
+            _check_forward_only(make(0), impl)
+    except Exception as error:  # whatever a compiler or a driver raises is a finding
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    seconds = time.perf_counter() - begin
+    name = str(dtype).removeprefix("torch.")
+    return Finding(str(device), impl, name, not reason, worst, seconds, reason)
+
+
+def _check_forward_only(inputs: MixtureInputs, impl: str) -> None:
+    """Calls without gradients take another way, twice the same one: first and later calls."""
+
+    def run(**options: Any) -> Tensor:
+        with torch.no_grad():
+            return inputs.call(adapter_mixture, **options)
+
+    exact = inputs.to(torch.float64)
+    with torch.no_grad():
+        exact_out = exact.call(adapter_mixture, impl="reference")
+    for _ in range(2):
+        assert_within_budget("out", run(impl=impl), exact_out, run(impl="torch"))
+
+
+def default_devices() -> list[torch.device]:
+    """The CPU and every GPU that torch sees."""
+    return [torch.device("cpu")] + [
+        torch.device("cuda", i) for i in range(torch.cuda.device_count())
+    ]
+
+
+def doctor(
+    devices: list[torch.device] | None = None,
+    report: Callable[[Finding], None] = lambda finding: None,
+) -> list[Finding]:
+    """Examine every implementation that can run on the devices, and remember what passed on GPUs.
+
+    Args:
+        devices: None for `default_devices()`.
+        report: Called with each finding as it is made.
+    """
+    findings = []
+    for device in default_devices() if devices is None else devices:
+        for impl in IMPLS:
+            if unavailable_reasons(impl, device):
+                continue
+            found = []
+            for dtype in DTYPES:
+                found.append(examine(impl, device, dtype))
+                report(found[-1])
+            if impl == "triton":
+                names = {f.dtype for f in found if f.passed}
+                verified.remember(device, [d for d in DTYPES if str(d)[6:] in names])
+                triton_door.CALLS.clear()
+            findings += found
+    return findings
