@@ -2,21 +2,24 @@
 """Measure `adapter_mixture` against its baselines; prints a table, writes JSON and CSV.
 
     python benchmarks/bench_adapter_mixture.py [--device cuda] [--quick] [--only "t5-base"]
-    python benchmarks/bench_adapter_mixture.py --suite grid [--resume FILE]
+    python benchmarks/bench_adapter_mixture.py --suite grid [--device cuda] [--resume FILE]
 
 Run it as a path, not with `-m`. Sizes are in `cases.py`, contenders in `providers.py`, the protocol
-in `README.md`; `report.py` makes tables and plots of what this writes. The grid of the CPU kernels'
-targets is a suite of its own, run by `grid_run.py`.
+in `README.md`; `report.py` makes tables and plots of what this writes. The grids of the kernels'
+targets are suites of their own, run by `grid_run.py` and, on a GPU, `gpu_run.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import gpu_grid
+import gpu_run
 import grid
 import grid_run
 import torch
@@ -42,6 +45,7 @@ from tables import print_result
 from pemt_fast.timing import ratio
 
 console = Console()
+MOST_REFUSALS = 30  # printed in full
 
 
 def available(device: str) -> tuple[list[Provider], dict[str, str]]:
@@ -138,7 +142,7 @@ def measure(
     return rows
 
 
-def arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Time adapter_mixture against its baselines.")
     parser.add_argument("--suite", choices=(OPERATOR, grid.SUITE), default=OPERATOR)
@@ -150,22 +154,42 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU; all cores if not given")
     resume = "partial result of --suite grid to complete"
     parser.add_argument("--resume", type=Path, metavar="FILE", help=resume)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
-    for name in ("rounds", "threads"):
+    budget = f"of the GPU's grid; {gpu_run.BUDGET_S:.0f}, or {gpu_run.QUICK_BUDGET_S:.0f} if quick"
+    parser.add_argument("--budget-s", type=float, metavar="SECONDS", help=budget)
+    dry = "the GPU's grid on the CPU, in tiny sizes"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
+    commit = "what this is a copy of, where git does not tell"
+    parser.add_argument("--commit", metavar="HASH", help=commit)
+    # How often a process was started anew because its predecessor lost the device.
+    parser.add_argument("--restarts", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says, with the cells to measure."""
+    command_line = parser()
+    options, error = command_line.parse_args(), command_line.error
+    gpu_grid_asked = options.suite == grid.SUITE and options.device == "cuda"
+    if options.device == "cuda" and not torch.cuda.is_available() and not options.dry_run:
+        error("--device cuda: torch sees no CUDA device")
+    for name in ("rounds", "threads", "budget_s"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    if options.suite == grid.SUITE and options.device != "cpu":
-        parser.error("--suite grid is for --device cpu")
+            error(f"--{name.replace('_', '-')} must be at least 1")
+    if (options.dry_run or options.budget_s) and not gpu_grid_asked:
+        error("--dry-run and --budget-s are for --suite grid --device cuda")
     if options.resume is not None and options.suite != grid.SUITE:
-        parser.error("--resume is for --suite grid")
+        error("--resume is for --suite grid")
     if options.resume is not None and not options.resume.is_file():
-        parser.error(f"--resume: there is no file {options.resume}")
-    among = grid.GRID if options.suite == grid.SUITE else CASES
-    options.cells = select(options.device, quick=options.quick, only=options.only, among=among)
+        error(f"--resume: there is no file {options.resume}")
+    if gpu_grid_asked:
+        options.cells = gpu_grid.select(
+            dry_run=options.dry_run, quick=options.quick, only=options.only
+        )
+    else:
+        among = grid.GRID if options.suite == grid.SUITE else CASES
+        options.cells = select(options.device, quick=options.quick, only=options.only, among=among)
     if not options.cells:
-        parser.error(f"--only {options.only!r}: no case for {options.device} has that in its name")
+        error(f"--only {options.only!r}: no case for {options.device} has that in its name")
     return options
 
 
@@ -189,26 +213,41 @@ def run(
     return result, result.save(options.out)
 
 
+def go_on(restart: gpu_run.Restart, options: argparse.Namespace) -> int:
+    """Another process completes the run of this one, which lost the device; its exit status."""
+    command = [sys.executable, *sys.argv, "--resume", str(restart.path)]
+    command += ["--budget-s", str(max(1.0, restart.budget_s))]
+    command += ["--restarts", str(options.restarts + 1)]
+    console.print(f"going on: {' '.join(command)}", highlight=False, markup=False, soft_wrap=True)
+    sys.stdout.flush()
+    return subprocess.run(command).returncode
+
+
 def main() -> int:
     """Returns the exit status: 1 if a provider was refused, 2 if a run cannot be resumed."""
     options = arguments()
-    stamp = environment(pin_threads(options.threads))
-    providers, skipped = available(options.device)
+    stamp = environment(pin_threads(options.threads), options.commit)
+    providers, skipped = available("cpu" if options.dry_run else options.device)
     if options.suite == grid.SUITE:
+        suite = grid_run if options.device == "cpu" else gpu_run
         try:
-            result, path = grid_run.run(options, stamp, providers, skipped, console)
+            result, path = suite.run(options, stamp, providers, skipped, console)
         except grid_run.CannotResume as error:
             console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
             return 2
+        except gpu_run.Restart as restart:
+            return go_on(restart, options)
         print_grid(result, console)
     else:
         result, path = run(options, stamp, providers, skipped)
         print_result(result, console)
     console.print(f"written: {path}", highlight=False, soft_wrap=True)
     refused = [row for row in result.rows if row.error]
-    for row in refused:
+    for row in refused[:MOST_REFUSALS]:
         message = f"{', '.join(row.cell)}: {row.provider} was refused: {row.error}"
         console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+    if refused[MOST_REFUSALS:]:
+        console.print(f"and {len(refused) - MOST_REFUSALS} more", style="red", highlight=False)
     return 1 if refused else 0
 
 

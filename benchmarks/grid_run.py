@@ -169,8 +169,10 @@ def measure(
         )
 
 
-def resumed(fresh: Result, path: Path) -> Result:
+def resumed(fresh: Result, path: Path, *, keep_refused: bool = False) -> Result:
     """The result in the file without what was refused, if `fresh` would be measured the same way.
+
+    With `keep_refused` also what was refused, so that it is not measured again.
 
     Raises:
         CannotResume: Machine, versions, commit, protocol or providers differ.
@@ -188,7 +190,7 @@ def resumed(fresh: Result, path: Path) -> Result:
         differences.append(f"not measured was {was}, is {now}")
     if differences:
         raise CannotResume(f"{path} cannot be resumed: {'; '.join(differences)}")
-    refused = {row.cell for row in old.rows if row.error}
+    refused = set() if keep_refused else {row.cell for row in old.rows if row.error}
     old.rows = [row for row in old.rows if row.cell not in refused]
     return old
 

@@ -15,7 +15,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,10 +23,12 @@ import torch
 from pemt_fast.timing import interleave
 
 Runs = Mapping[str, Callable[[], object]]
+Clock = Callable[[Sequence[str]], Mapping[str, float]]  # names in order -> seconds of each call
 
 CELL_S, QUICK_CELL_S = 0.8, 0.3  # measured time per cell, unless the rounds are given
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 200
 GRID_CELL_S, QUICK_GRID_CELL_S = 0.2, 0.05  # the same for the grid, with its many cells
+GPU_CELL_S, QUICK_GPU_CELL_S = 0.08, 0.03
 FEWEST_GRID_ROUNDS = 5
 WARMUP_SHARE = 0.1  # of a cell of the grid
 WARMUP_S = 0.05  # per candidate; the check before has already run each of them
@@ -91,21 +93,25 @@ def time_interleaved(
     return interleave(runs, rounds=rounds, warmup_s=WARMUP_S)
 
 
-def time_briefly(runs: Runs, *, rounds: int | None, cell_s: float) -> dict[str, list[float]]:
-    """Like `time_interleaved`, for many cells on the CPU whose candidates have just been checked.
+def time_briefly(
+    runs: Runs, *, rounds: int | None, cell_s: float, clock: Clock | None = None
+) -> dict[str, list[float]]:
+    """Like `time_interleaved`, for many cells whose candidates have just been checked.
 
     Rounds go on until `cell_s` have passed, at least `FEWEST_GRID_ROUNDS`. Those of the first tenth
     of the time are warm-up: they are dropped as far as the fewest remain. Each round has an order
-    of its own, since a call pays for the caches that the one before it leaves behind.
+    of its own, since a call pays for the caches that the one before it leaves behind. `clock` times
+    one round; if it is not given, each call on the CPU.
     """
+    clock = clock or (lambda order: {name: seconds_of(runs[name], "cpu") for name in order})
     fewest, budget_s = (rounds, 0.0) if rounds else (FEWEST_GRID_ROUNDS, cell_s)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     started, warmup, done, passed = time.perf_counter(), 0, 0, 0.0
     while done < fewest or (passed < budget_s and done < MOST_ROUNDS):
         shuffle(order)
-        for name in order:
-            seconds[name].append(seconds_of(runs[name], "cpu"))
+        for name, call_s in clock(order).items():
+            seconds[name].append(call_s)
         warmup += passed < WARMUP_SHARE * budget_s
         done, passed = done + 1, time.perf_counter() - started
     dropped = min(warmup, done - fewest)

@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # files only, no display
 
 import matplotlib.pyplot as plt  # noqa: E402
 from cases import MODES  # noqa: E402
-from grid_report import grid_plot_name  # noqa: E402
+from grid_report import VIEWS, grid_plot_name  # noqa: E402
 from grid_targets import ours, speedup  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from records import HEAT_MAP_BASELINES, Result, Row, geometric_mean  # noqa: E402
@@ -52,7 +52,7 @@ def _heat_maps(result: Result, baseline: str, folder: Path) -> Path | None:
 
 
 def plot_grid(result: Result, folder: Path) -> list[Path]:
-    """The same over the grid of `grid.py`: means over widths and activations, and the worst."""
+    """The same over the grid of a device: means over widths and activations, and the worst."""
     rows = ours(result)
     if not rows:
         return []
@@ -71,8 +71,8 @@ def plot_grid(result: Result, folder: Path) -> list[Path]:
         texts = {place: _worst(ratios[place], min(pool)) for place, pool in pools.items()}
         _panel(axes[i][j], ratios, texts, title=f"{dtype}, {mode}")
     title = (
-        f"{result.preferred}: times faster than the faster of stacked and compiled, geometric mean "
-        f"over widths\nand activations, the worst below ({_device(result)})"
+        f"{result.preferred}: times faster than the faster of stacked and compiled, "
+        f"{VIEWS[result.device].title}, the worst below ({_device(result)})"
     )
     return [_save(figure, title, folder / grid_plot_name(result))]
 

@@ -84,13 +84,65 @@ def stacked(
     return torch.addmm(base.reshape(-1, h), gated, w_up.view(n, h)).view(*x.shape[:-1], h)
 
 
-def compile_stacked(*, any_tokens: bool = False) -> Mixture:
-    """`torch.compile` of `stacked`, specialised to the shape.
+def grouped_mm_missing(device: torch.device) -> str | None:
+    """Why torch has no grouped matmul, None if it has one."""
+    return None if _grouped_mm() else f"torch {torch.__version__} has no grouped_mm"
+
+
+def _grouped_mm() -> Callable[..., Tensor] | None:
+    return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+Routing = tuple[Tensor, Tensor]  # [T, k] gate values, [T, k] their adapters
+
+
+def routing_of(gate: Tensor, top_k: int) -> Routing:
+    """The adapters that each token uses, which a router knows without looking at a dense gate."""
+    rows = gate.view(-1, gate.shape[-1])
+    experts = rows.abs().topk(top_k, dim=-1).indices
+    return rows.gather(-1, experts), experts
+
+
+def grouped(
+    x: Tensor,
+    gate: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    activation: str,
+    base: Tensor | None = None,
+    ranks: Sequence[int] | None = None,
+    top_k: int,
+    routing: Routing | None = None,
+) -> Tensor:
+    """As ScatterMoE does it: tokens sorted by adapter, grouped matmuls of each adapter's tokens.
+
+    For a gate per token with `top_k` values that are not 0. Forward only.
+    """
+    e_count, h = gate.shape[-1], w_up.shape[-1]
+    weights, experts = routing_of(gate, top_k) if routing is None else routing
+    chosen, order = experts.flatten().sort(stable=True)  # [T·k]
+    ends = torch.searchsorted(chosen, torch.arange(e_count, device=x.device), right=True).int()
+    scale = weights.flatten()[order].unsqueeze(-1)
+    matmul = _grouped_mm()
+    z = matmul(x.view(-1, x.shape[-1])[order // top_k], w_down.transpose(1, 2), offs=ends)
+    z = z if b_down is None else z + b_down[chosen]
+    y = matmul(_ACTIVATIONS[activation](z) * scale, w_up, offs=ends)
+    y = y if b_up is None else y + scale * b_up[chosen]
+    mixed = torch.empty_like(y).index_copy_(0, order, y).view(-1, top_k, h).sum(1)
+    out = mixed.view(*x.shape[:-1], h)
+    return out if base is None else base + out
+
+
+def compile_stacked(*, any_tokens: bool = False, mode: str | None = None) -> Mixture:
+    """`torch.compile` of `stacked`, specialised to the shape; `mode` is the compiler's.
 
     With `any_tokens` one compilation serves all numbers of tokens, if the inputs went through
     `mark_tokens`; everything else stays specialised.
     """
-    return torch.compile(stacked, dynamic=None if any_tokens else False, fullgraph=True)
+    return torch.compile(stacked, dynamic=None if any_tokens else False, fullgraph=True, mode=mode)
 
 
 def mark_tokens(inputs: MixtureInputs) -> MixtureInputs:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import importlib
+import importlib.util
 import json
 import math
 import platform
@@ -24,6 +26,7 @@ RESULTS = BENCHMARKS / "results"
 BASELINES = ("published", "loop", "stacked", "compiled")
 HEAT_MAP_BASELINES = ("published", "stacked")
 OURS_PREFIX = "ours-"
+GRAPH = " graph"  # behind a baseline's name: the ratio of both in CUDA graphs
 OPERATOR = "operator"  # the suite of `cases.py`; that of `grid.py` has a file format of its own
 
 
@@ -57,6 +60,9 @@ class Row:
     share_of_matmuls: float | None = None
     peak_memory_mib: float | None = None
     first_call_s: float | None = None
+    graph_ms: float | None = None
+    host_us: float | None = None
+    floor_us: float | None = None
     speedup: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -97,6 +103,8 @@ class Result:
     skipped: dict[str, str]
     rows: list[Row]
     suite: str = OPERATOR
+    # Of a run with a budget: case, dtype, mode, provider ("" for all of them), reason.
+    not_measured: list[list[str]] = dataclasses.field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -203,10 +211,10 @@ def summaries(
     return found
 
 
-def environment(threads: int) -> dict[str, object]:
-    """Machine, versions, commit and date."""
+def environment(threads: int, commit: str | None = None) -> dict[str, object]:
+    """Machine, versions, commit and date; `commit` is used where git does not know it."""
     gpu = torch.cuda.is_available()
-    commit = _git("rev-parse", "--short=8", "HEAD")
+    commit = _git("rev-parse", "--short=8", "HEAD") or commit
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit,
@@ -215,6 +223,8 @@ def environment(threads: int) -> dict[str, object]:
         "threads": threads,
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
+        "driver": nvidia_smi("driver_version") if gpu else None,
+        "triton": _triton_version() if gpu else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -227,12 +237,27 @@ def environment(threads: int) -> dict[str, object]:
 _SOURCES = ("pemt_fast", "kernels", "csrc", "setup.py", "benchmarks/*.py")
 
 
+def nvidia_smi(fields: str) -> str | None:
+    """The first GPU's values of the fields, None where the program does not tell."""
+    return _output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0")
+
+
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("triton").__version__
+
+
 def _git(*arguments: str) -> str | None:
+    return _output_of("git", *arguments)
+
+
+def _output_of(*command: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=BENCHMARKS.parent, capture_output=True, text=True, check=True
+            command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=True, timeout=60
         )
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 

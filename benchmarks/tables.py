@@ -103,7 +103,9 @@ def host_table(result: Result) -> tuple[list[str], list[list[str]]]:
 def machine(result: Result) -> str:
     """One line: where, with what, which commit, when."""
     e = result.environment
-    gpu = f"{e['gpu']}, CUDA {e['cuda']}; " if result.device == "cuda" else ""
+    versions = {"driver": e.get("driver"), "CUDA": e["cuda"], "Triton": e.get("triton")}
+    known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    gpu = f"{e['gpu']}, {known}; " if result.device == "cuda" and e["gpu"] else ""
     dirty = " with uncommitted changes" if e["dirty"] else ""
     commit = f"commit {e['commit']}{dirty}" if e["commit"] else "no commit known"
     return (
