@@ -32,11 +32,11 @@ from pemt_fast.kernels.units import gate_bias_sums, make_units
 
 @triton.jit(do_not_specialize=["T", "tokens_per_gate"])
 def fused_kernel(
-    x, x_row, first, first_row, second, second_row, out, base, base_row, gate, adapters,
+    x, x_row, first, first_row, second, second_row, out, base, base_row, gate,
     b_down, b_up, saved, hidden, d_z, gated, gate_sums, gate_sums_row,
     T, tokens_per_gate, WIDTH_IN, WIDTH_OUT, SPAN,
     N: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr, GROUP: tl.constexpr,
-    PER_ADAPTER: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_Z: tl.constexpr,
+    PER_ADAPTER: tl.constexpr, ENDS: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_Z: tl.constexpr,
     BACKWARD: tl.constexpr, SKIP: tl.constexpr, SPLIT_GATE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr,
     EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
@@ -59,7 +59,7 @@ def fused_kernel(
     chunks = ()
     for c in tl.static_range(CHUNKS):
         gates = load_gates(
-            gate, adapters, gate_rows, c * (BN // GROUP), E, N // GROUP, BN // GROUP, PER_ADAPTER
+            gate, gate_rows, c * (BN // GROUP), E, N // GROUP, BN // GROUP, PER_ADAPTER, ENDS
         )
         h = tl.zeros((BM, BN), x.dtype.element_ty)
         if not (SKIP and is_unused(gates)):

@@ -35,10 +35,10 @@ def _write_zeros(out, first_unit, tokens, inside, N: tl.constexpr, BM: tl.conste
 
 @triton.jit(do_not_specialize=["T", "tokens_per_gate"])
 def first_kernel(
-    x, x_row, first, first_row, second, second_row, gate, adapters, b_down, b_up, saved, hidden,
+    x, x_row, first, first_row, second, second_row, gate, b_down, b_up, saved, hidden,
     d_z, gated, gate_sums, gate_sums_row, T, tokens_per_gate, WIDTH_IN, WIDTH_OUT,
     N: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr, GROUP: tl.constexpr,
-    PER_ADAPTER: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_Z: tl.constexpr,
+    PER_ADAPTER: tl.constexpr, ENDS: tl.constexpr, ACTIVATION: tl.constexpr, KEEPS_Z: tl.constexpr,
     BACKWARD: tl.constexpr, SKIP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_IN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -57,8 +57,8 @@ def first_kernel(
     gate_rows = (tokens // tokens_per_gate).to(tl.int64)
     tokens = tokens.to(tl.int64)
     if tile < TILES:
-        gates = load_gates(gate, adapters, gate_rows, tile * (BN // GROUP), E, N // GROUP,
-                           BN // GROUP, PER_ADAPTER)  # fmt: skip
+        gates = load_gates(gate, gate_rows, tile * (BN // GROUP), E, N // GROUP, BN // GROUP,
+                           PER_ADAPTER, ENDS)  # fmt: skip
         if SKIP and is_unused(gates):
             _write_zeros(d_z if BACKWARD else gated, tile * BN, tokens, inside, N, BM, BN)
         else:
@@ -92,10 +92,10 @@ def _load_units(units, tokens, first_unit, N: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "tokens_per_gate"])
 def second_kernel(
-    units, second, second_row, out, base, base_row, gate, adapters, b_up,
+    units, second, second_row, out, base, base_row, gate, b_up,
     T, tokens_per_gate, WIDTH_OUT,
     N: tl.constexpr, E: tl.constexpr, PADDED_E: tl.constexpr, GROUP: tl.constexpr,
-    PER_ADAPTER: tl.constexpr, BACKWARD: tl.constexpr, SKIP: tl.constexpr,
+    PER_ADAPTER: tl.constexpr, ENDS: tl.constexpr, BACKWARD: tl.constexpr, SKIP: tl.constexpr,
     SPLIT_GATE: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
     EVEN_OUT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -123,8 +123,8 @@ def second_kernel(
             BACKWARD, True, SPLIT_GATE, BM, BH, PRECISION, WIDEN,
         )  # fmt: skip
         for k in tl.range(0, N, BK, num_stages=1):
-            gates = load_gates(gate, adapters, gate_rows, k // GROUP, E, N // GROUP, BK // GROUP,
-                               PER_ADAPTER)  # fmt: skip
+            gates = load_gates(gate, gate_rows, k // GROUP, E, N // GROUP, BK // GROUP,
+                               PER_ADAPTER, ENDS)  # fmt: skip
             if not (SKIP and is_unused(gates)):
                 h = _load_units(units, tokens, k, N, BK)
                 w = load_second(second, second_row, k, columns, WIDTH_OUT, N, BK, EVEN_OUT)

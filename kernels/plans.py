@@ -42,7 +42,7 @@ def plan_with(walk: Walk, choice: Fused | Pair) -> Plan:
 def _plan_fused(walk: Walk, choice: Fused) -> Plan:
     x, first, second, base = walk.x, walk.first, walk.second, walk.base
     T, width_in, width_out = x.shape[0], x.shape[1], second.shape[1]
-    layout = layout_of(walk.ranks, choice.BN, x.device)
+    layout = layout_of(walk.ranks, choice.BN)
     span = columns_of_span(choice, T, width_out, device_facts(x.device)[1])
     constants = common_constants(walk, layout) | unit_constants(walk) | {
         "SPLIT_GATE": x.dtype != torch.float32,
@@ -62,7 +62,7 @@ def _plan_fused(walk: Walk, choice: Fused) -> Plan:
         sums = gate_end.sums(walk)
         launch(
             walk.x, x_row, walk.first, first_row, walk.second, second_row, walk.out,
-            walk.base, base_row, walk.gate, layout.adapters, walk.b_down, walk.b_up,
+            walk.base, base_row, walk.gate, walk.b_down, walk.b_up,
             walk.saved, walk.hidden, walk.d_z, walk.gated, sums, gate_end.width,
             T, tokens_per_gate, width_in, width_out, span,
         )  # fmt: skip
@@ -75,7 +75,7 @@ def _plan_pair(walk: Walk, choice: Pair) -> Plan:
     x, first, second = walk.x, walk.first, walk.second
     T, N, width_in, width_out = x.shape[0], first.shape[0], x.shape[1], second.shape[1]
     tile = choice.first
-    layout = layout_of(walk.ranks, tile.columns, x.device)
+    layout = layout_of(walk.ranks, tile.columns)
     gate_end = _GateEnd(walk, layout)
     common = common_constants(walk, layout)
     tiles = triton.cdiv(N, tile.columns)
@@ -92,7 +92,6 @@ def _plan_pair(walk: Walk, choice: Pair) -> Plan:
     x_row, first_row, second_row = x.stride(0), first.stride(0), second.stride(0)
     base_row = 0 if walk.base is None else walk.base.stride(0)
     tokens_per_gate = T // walk.gate.shape[0]
-    of_terms = layout_of(walk.ranks, choice.second.terms, x.device)
 
     def run_pair(walk: Walk) -> Tensor | None:
         sums, d_z, gated = gate_end.sums(walk), walk.d_z, walk.gated
@@ -103,13 +102,13 @@ def _plan_pair(walk: Walk, choice: Pair) -> Plan:
                 gated = units = walk.x.new_empty(T, N)
         launch_first(
             walk.x, x_row, walk.first, first_row, walk.second, second_row, walk.gate,
-            layout.adapters, walk.b_down, walk.b_up, walk.saved, walk.hidden, d_z, gated,
+            walk.b_down, walk.b_up, walk.saved, walk.hidden, d_z, gated,
             sums, gate_end.width, T, tokens_per_gate, width_in, width_out,
         )  # fmt: skip
         if launch_second is not None:
             launch_second(
                 units, walk.second, second_row, walk.out, walk.base, base_row,
-                walk.gate, of_terms.adapters, walk.b_up, T, tokens_per_gate, width_out,
+                walk.gate, walk.b_up, T, tokens_per_gate, width_out,
             )  # fmt: skip
         return gate_end.finish(walk, sums)
 
@@ -118,9 +117,9 @@ def _plan_pair(walk: Walk, choice: Pair) -> Plan:
 
 def _second(walk: Walk, tile: Tile, common: dict[str, Any]) -> Launcher:
     width_out = walk.second.shape[1]
-    layout = layout_of(walk.ranks, tile.terms, walk.x.device)
+    layout = layout_of(walk.ranks, tile.terms)
     constants = common | {
-        "GROUP": layout.group, "PER_ADAPTER": layout.per_adapter,
+        "GROUP": layout.group, "PER_ADAPTER": layout.per_adapter, "ENDS": layout.ends,
         "SPLIT_GATE": walk.x.dtype != torch.float32,
         "BM": tile.rows, "BH": tile.columns, "BK": tile.terms,
         "EVEN_OUT": width_out % tile.columns == 0, "STAGES": tile.stages,
@@ -142,11 +141,10 @@ class _GateEnd:
         self.T, (self.G, E) = walk.x.shape[0], walk.gate.shape
         groups = walk.first.shape[0] // layout.group
         self.width = groups + (0 if walk.b_up is None else E) if self.needed else 0
-        self.first_group = layout.first_group
         constants = {
             "E": E, "PADDED_E": max(16, triton.next_power_of_2(E)), "GROUPS": groups,
-            "PER_ADAPTER": layout.per_adapter, "MOST": layout.most, "BIAS": walk.b_up is not None,
-            "BR": GATE_ROWS,
+            "PER_ADAPTER": layout.per_adapter, "ENDS": layout.ends, "MOST": layout.most,
+            "BIAS": walk.b_up is not None, "BR": GATE_ROWS,
         }  # fmt: skip
         self.launch = Launcher(
             gate_gradient_kernel, (triton.cdiv(self.G, GATE_ROWS),), constants,
@@ -165,5 +163,5 @@ class _GateEnd:
         if self.T != self.G:
             sums = sums.view(self.G, -1, self.width).sum(1)
         d_gate = torch.empty_like(walk.gate)
-        self.launch(sums, self.width, walk.gate, self.first_group, d_gate, self.G)
+        self.launch(sums, self.width, walk.gate, d_gate, self.G)
         return d_gate

@@ -90,14 +90,14 @@ def add_partials_kernel(
 
 @triton.jit(do_not_specialize=["ROWS"])
 def gate_gradient_kernel(
-    gate_sums, gate_sums_row, gate, first_group, d_gate, ROWS,
+    gate_sums, gate_sums_row, gate, d_gate, ROWS,
     E: tl.constexpr, PADDED_E: tl.constexpr, GROUPS: tl.constexpr, PER_ADAPTER: tl.constexpr,
-    MOST: tl.constexpr, BIAS: tl.constexpr, BR: tl.constexpr,
+    ENDS: tl.constexpr, MOST: tl.constexpr, BIAS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """`d_gate [ROWS, E]` from the sums of the groups of each adapter and the part of `b_up`.
 
-    A gate of 0 stops what is not finite. Adapters of unequal rank begin at `first_group [E + 1]`
-    and have `MOST` groups or fewer. Grid ⌈ROWS / BR⌉.
+    A gate of 0 stops what is not finite. Adapters of unequal rank end at the groups `ENDS` and
+    have `MOST` of them or fewer. Grid ⌈ROWS / BR⌉.
     """
     row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
     e = tl.arange(0, PADDED_E)[None, :]
@@ -106,8 +106,11 @@ def gate_gradient_kernel(
         begin = e * PER_ADAPTER
         end = begin + PER_ADAPTER
     else:
-        begin = tl.load(first_group + e, mask=e < E, other=0)
-        end = tl.load(first_group + e + 1, mask=e < E, other=0)
+        begin = tl.zeros((1, PADDED_E), tl.int32)
+        end = tl.zeros((1, PADDED_E), tl.int32)
+        for i in tl.static_range(E):
+            end = tl.where(e == i, ENDS[i], end)
+            begin = tl.where(e == i + 1, ENDS[i], begin)
     acc = tl.zeros((BR, PADDED_E), tl.float32)
     for j in range(MOST):
         there = valid & (begin + j < end)

@@ -46,17 +46,19 @@ def first_product(
 
 
 @triton.jit
-def load_gates(gate, adapters, gate_rows, first_group, E, GROUPS: tl.constexpr, COUNT: tl.constexpr,
-               PER_ADAPTER: tl.constexpr):  # fmt: skip
+def load_gates(gate, gate_rows, first_group, E: tl.constexpr, GROUPS: tl.constexpr,
+               COUNT: tl.constexpr, PER_ADAPTER: tl.constexpr, ENDS: tl.constexpr):  # fmt: skip
     """Gates [BM, COUNT] in float32 of the groups from `first_group` on, 0 beyond the last one.
 
-    Adapters of equal rank have `PER_ADAPTER` groups each; else `adapters` names each group's.
+    Adapters of equal rank have `PER_ADAPTER` groups each; else they end at the groups `ENDS`.
     """
     group = first_group + tl.arange(0, COUNT)
     if PER_ADAPTER > 0:
         adapter = group // PER_ADAPTER
     else:
-        adapter = tl.load(adapters + group, mask=group < GROUPS, other=0)
+        adapter = tl.zeros((COUNT,), tl.int32)
+        for e in tl.static_range(E):
+            adapter += (group >= ENDS[e]).to(tl.int32)
     place = gate_rows[:, None] * E + adapter[None, :]
     return tl.load(gate + place, mask=(group < GROUPS)[None, :], other=0.0).to(tl.float32)
 

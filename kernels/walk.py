@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -19,22 +20,18 @@ class Layout(NamedTuple):
 
     group: int
     per_adapter: int  # groups of each adapter, 0 if these differ
-    adapters: Tensor | None  # of each group, int32, if they differ
-    first_group: Tensor | None  # of each adapter and behind the last, int32, if they differ
+    ends: tuple[int, ...]  # the group behind each adapter's last one
     most: int  # groups of one adapter
 
 
 @functools.lru_cache(maxsize=256)
-def layout_of(ranks: tuple[int, ...], block: int, device: torch.device) -> Layout:
+def layout_of(ranks: tuple[int, ...], block: int) -> Layout:
     """Groups such that a block of so many units, a power of two, holds whole ones."""
     common = math.gcd(*ranks)
     group = min(common & -common, block)
-    if len(set(ranks)) == 1:
-        return Layout(group, ranks[0] // group, None, None, ranks[0] // group)
-    counts = torch.tensor([rank // group for rank in ranks])
-    adapters = torch.arange(len(ranks)).repeat_interleave(counts)
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return Layout(group, 0, adapters.int().to(device), first.int().to(device), max(ranks) // group)
+    counts = [rank // group for rank in ranks]
+    per_adapter = counts[0] if len(set(counts)) == 1 else 0
+    return Layout(group, per_adapter, tuple(itertools.accumulate(counts)), max(counts))
 
 
 @functools.cache
@@ -84,6 +81,7 @@ def common_constants(walk: Walk, layout: Layout) -> dict[str, Any]:
         "PADDED_E": max(16, triton.next_power_of_2(E)),
         "GROUP": layout.group,
         "PER_ADAPTER": layout.per_adapter,
+        "ENDS": layout.ends,
         "BACKWARD": walk.backward,
         "SKIP": _may_skip(walk),
         "PRECISION": precision_of(walk.x.dtype),

@@ -169,6 +169,16 @@ class TestDoor:
             assert_right(inputs, no_grad_call(inputs.replace(x=x)))
         assert len(calls) == 1
 
+    def test_the_precision_of_float32_is_part_of_the_form(self, calls):
+        inputs, settings = small(requires_grad=False), torch.backends.cuda.matmul
+        before = settings.fp32_precision
+        try:
+            for settings.fp32_precision in ("ieee", "tf32"):
+                no_grad_call(inputs)
+        finally:
+            settings.fp32_precision = before
+        assert len(calls) == 2
+
     def test_gradients_and_autocast_take_the_long_way(self, calls):
         inputs = small()
         inputs.call(adapter_mixture, impl="triton").sum().backward()

@@ -68,7 +68,7 @@ def units_traffic(programs, first_programs, *, bm, width, b, g, bias, backward):
     `programs` make them, the first of each tile writes what is kept.
     """
     N = g["N"]
-    loaded = {"gate": programs * bm * g["groups"] * FLOAT, "adapters": programs * g["list"] * FLOAT}
+    loaded = {"gate": programs * bm * g["groups"] * FLOAT}
     if backward:
         loaded["saved"] = programs * bm * N * b
         stored = {"d_z": T * N * b, "gated": T * N * b}
@@ -96,9 +96,9 @@ def total(*parts):
 
 
 LAYOUTS = {
-    # ranks, with blocks of 16 units: units, groups, entries of the list of their adapters
-    "equal": ((24, 24, 24), {"N": 72, "groups": 9, "list": 0}),
-    "unequal": ((8, 24, 32), {"N": 64, "groups": 8, "list": 8}),
+    # ranks, with blocks of 16 units: units, groups
+    "equal": ((24, 24, 24), {"N": 72, "groups": 9}),
+    "unequal": ((8, 24, 32), {"N": 64, "groups": 8}),
 }
 
 

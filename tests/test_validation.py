@@ -227,6 +227,18 @@ def test_the_environment_names_what_auto_means(forced, which_ran, monkeypatch):
     assert which_ran == [forced]
 
 
+def test_the_environment_names_what_auto_means_in_compiled_calls(monkeypatch, caplog):
+    monkeypatch.setenv("PEMT_FAST_IMPL", "torch")
+    dispatch._log_forced_once.cache_clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **a: adapter_mixture(**a), fullgraph=True, backend="eager")
+    given = arguments()
+    with caplog.at_level("WARNING", logger="pemt_fast"):
+        out = compiled(**given)
+    torch.testing.assert_close(out, adapter_mixture(**given, impl="torch"), rtol=0, atol=0)
+    assert caplog.text.count("impl='auto' means 'torch' because PEMT_FAST_IMPL is set") == 1
+
+
 @pytest.mark.parametrize("unset", ["", "auto"])
 def test_without_a_name_in_the_environment_auto_follows_the_table(unset, which_ran, monkeypatch):
     monkeypatch.setenv("PEMT_FAST_IMPL", unset)

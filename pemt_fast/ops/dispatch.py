@@ -99,8 +99,16 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype | None = No
     return impl
 
 
-@functools.lru_cache(maxsize=8)
 def _log_forced(impl: str) -> None:
+    _log_forced_once(impl)
+
+
+# The compiler calls it while it traces, instead of tracing it: logging would break the graph.
+_log_forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _log_forced_once(impl: str) -> None:
     logger.warning("impl='auto' means %r because PEMT_FAST_IMPL is set", impl)
 
 

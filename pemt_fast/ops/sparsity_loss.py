@@ -122,10 +122,8 @@ def _offsets(
         norm = norm + torch.linalg.vector_norm(b_eh, dim=1, dtype=dtype).square()
         if residual is not None:
             norm = norm + 2 * torch.mm(r_th, b_eh.t()).to(dtype)
-        index = torch.arange(len(ranks), device=z.device).repeat_interleave(
-            torch.tensor(ranks, device=z.device), output_size=sum(ranks)
-        )
-        along = (w_up * b_eh.index_select(0, index)).sum(-1)  # [N]
+        parts = zip(w_up.split(ranks), b_eh, strict=True)
+        along = torch.cat([(w * b).sum(-1) for w, b in parts])  # [N]
         projected = along if projected is None else projected + along
     assert projected is not None
     return norm + 2 * _split_sum(hidden * projected, ranks, dtype), dot

@@ -12,7 +12,6 @@ packed weights `[N, ·]`. The backward formulas are derived in `docs/derivation.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -78,18 +77,13 @@ def activate_backward(d_h: Tensor, saved: Tensor, activation: str) -> Tensor:
     return d_h
 
 
-@functools.lru_cache(maxsize=64)
-def _adapter_of_unit(ranks: tuple[int, ...], device: torch.device) -> Tensor:
-    """`[N]`: which adapter each hidden unit belongs to."""
-    index = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-    return index.to(device)
-
-
 def _per_unit(rows: Tensor, ranks: tuple[int, ...]) -> Tensor:
     """Repeat `[G, E]` over the hidden units of each adapter: `[G, N]`."""
     if len(set(ranks)) == 1:
         return rows.repeat_interleave(ranks[0], dim=1)
-    return rows.index_select(1, _adapter_of_unit(ranks, rows.device))
+    # No table of indices on the device: making one waits for it, which no graph may capture.
+    columns = rows.split(1, 1)
+    return torch.cat([c.expand(-1, rank) for c, rank in zip(columns, ranks, strict=True)], 1)
 
 
 def _by_gate_row(rows: Tensor, groups: int) -> Tensor:
@@ -118,9 +112,7 @@ def _sum_units(units: Tensor, groups: int, ranks: tuple[int, ...]) -> Tensor:
     per_row = units if units.shape[0] == groups else _by_gate_row(units, groups).sum(1, dtype=dtype)
     if len(set(ranks)) == 1:
         return per_row.view(groups, len(ranks), ranks[0]).sum(-1, dtype=dtype)
-    per_row = per_row.to(dtype)
-    index = _adapter_of_unit(ranks, units.device)
-    return per_row.new_zeros(groups, len(ranks)).index_add_(1, index, per_row)
+    return torch.stack([part.sum(-1, dtype=dtype) for part in per_row.split(ranks, 1)], 1)
 
 
 def _sum_gate_rows(grad_out: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -155,13 +147,12 @@ def _quarantine(
     bad_unit = ~(weights.w_down.isfinite().all(1) & weights.w_up.isfinite().all(1))
     if weights.b_down is not None:
         bad_unit = bad_unit | ~weights.b_down.isfinite()
-    index = _adapter_of_unit(ranks, gate.device)
-    bad = gate.new_zeros(len(ranks)).index_add_(0, index, bad_unit.to(gate.dtype)) > 0
+    bad = torch.stack([units.any() for units in bad_unit.split(ranks)])
     if weights.b_up is not None:
         bad = bad | ~weights.b_up.isfinite().all(1)
     if gate.device.type == "cpu" and not bool(bad.any()):
         return gate, weights
-    bad_n1 = bad[index].unsqueeze(1)
+    bad_n1 = _per_unit(bad.unsqueeze(0), ranks).t()
     weights = Weights(
         weights.w_down.masked_fill(bad_n1, 0),
         weights.w_up.masked_fill(bad_n1, 0),
@@ -178,7 +169,7 @@ def _compact(
     used = (gate != 0).any(0)
     if bool(used.all()) or not bool(used.any()):
         return gate, weights, ranks
-    units = used[_adapter_of_unit(ranks, gate.device)].nonzero().squeeze(1)
+    units = _per_unit(used.unsqueeze(0), ranks).squeeze(0).nonzero().squeeze(1)
     kept = used.nonzero().squeeze(1)
     weights = Weights(
         weights.w_down.index_select(0, units),

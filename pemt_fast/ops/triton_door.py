@@ -50,8 +50,9 @@ def door(
         return None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return None
+    precision = torch.backends.cuda.matmul.fp32_precision if x.dtype == torch.float32 else None
     form = (
-        activation, impl, ranks, autocast_dtype(x.device.type),
+        activation, impl, ranks, autocast_dtype(x.device.type), precision,
         *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
     )  # fmt: skip
     if form not in CALLS:

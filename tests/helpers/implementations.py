@@ -17,7 +17,14 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON = pytest.param("triton", marks=needs_triton)  # without a GPU in its interpreter
+# On CPU tensors only in its interpreter, which the session does not use where there is a GPU.
+TRITON = pytest.param(
+    "triton",
+    marks=[
+        needs_triton,
+        pytest.mark.skipif(not INTERPRETED, reason="the tests marked gpu run these kernels"),
+    ],
+)
 
 # A new implementation joins here first, and is watched to fail.
 IMPLS = ["torch", CPU, TRITON]

@@ -122,16 +122,21 @@ def describe(launch: Launch) -> dict[str, Any]:
     """What tells launches of the table apart."""
     tile = {name: launch.arguments.get(name) for name in ("BM", "BN", "BK", "BH", "BW", "BT")}
     constants = {name: launch.arguments.get(name) for name in ("N", "BACKWARD", "PRECISION")}
+    unequal = {"ranks": "unequal"} if launch.arguments.get("PER_ADAPTER") == 0 else {}
     return {
         "kernel": launch.kernel.__name__.removesuffix("_kernel"),
+        **unequal,
         **{name: value for name, value in (constants | tile).items() if value is not None},
         "dtype": str(launch.arguments[launch.kernel.arg_names[0]].dtype).removeprefix("torch."),
         "warps": launch.options.get("num_warps", 4),
     }
 
 
-def walk_of(row: configs.Row, element: int, backward: bool) -> Walk:
-    """The most demanding call that takes this row: everything trains, with all biases and base."""
+def walk_of(row: configs.Row, element: int, backward: bool, *, unequal: bool = False) -> Walk:
+    """The most demanding call that takes this row: everything trains, with all biases and base.
+
+    `unequal`: an adapter of 8 units, and one of all others.
+    """
     N, T = min(row.units, MOST_UNITS), min(row.tokens, MOST_TOKENS)
     dtype = {2: torch.bfloat16, 4: torch.float32}[element]
 
@@ -139,10 +144,11 @@ def walk_of(row: configs.Row, element: int, backward: bool) -> Walk:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     x, first, units = tensor(T, WIDTH), tensor(N, WIDTH), [tensor(T, N) for _ in range(3)]
+    ranks = (8, N - 8) if unequal else (RANK,) * (N // RANK)
     walk = Walk(
-        x=x, gate=tensor(8, N // RANK, dtype=torch.float32), first=first, second=first,
-        ranks=(RANK,) * (N // RANK), activation="relu", backward=backward, out=x,
-        b_up=tensor(N // RANK, WIDTH), saved=units[0],
+        x=x, gate=tensor(8, len(ranks), dtype=torch.float32), first=first, second=first,
+        ranks=ranks, activation="relu", backward=backward, out=x,
+        b_up=tensor(len(ranks), WIDTH), saved=units[0],
     )  # fmt: skip
     if backward:
         return walk._replace(d_z=units[1], gated=units[2], needs_gate=True)
@@ -167,6 +173,8 @@ def shipped(kind: str) -> list[Launch]:
                 for precision in precisions:
                     torch.backends.cuda.matmul.fp32_precision = precision
                     run(walk)
+                if element == 2 and row.tokens == configs.ANY:
+                    run(walk_of(row, element, backward, unequal=True))
         units = torch.empty(2, 8192, 128, dtype=torch.bfloat16, device="meta")
         rows = torch.empty(8192, WIDTH, dtype=torch.bfloat16, device="meta")
         weight_gradients.weight_gradients(units[0], rows, units[1], rows)
@@ -192,8 +200,9 @@ def table(kind: str, capability: int) -> str:
         ways = {True: "backward", False: "forward", None: "weights"}
         direction = ways[found.get("BACKWARD")]
         precision = found.get("PRECISION", "") if found["dtype"] == "float32" else ""
+        ranks = ", unequal ranks" if "ranks" in found else ""
         cells = (f"{found['dtype']} {precision}".strip(), direction,
-                 f"{found['kernel']}, N {found['N']}", tile,
+                 f"{found['kernel']}, N {found['N']}{ranks}", tile,
                  found["warps"], found["registers"], found["spills"], shared >> 10, fitting,
                  ", ".join(found["tensor_cores"]) or "–")  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
