@@ -161,3 +161,95 @@ def test_no_adapter_output_is_built(extras, ranks):
     # The largest are w_up [N, H] and its like.
     assert largest.elements <= sum(ranks) * width
     assert largest.elements < batch * tokens * experts * width / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_low_precision_gradients_do_not_underflow(dtype):
+    """With the loss scaled as for float16 training they are as exact as the dtype."""
+    tokens, width, ranks = 1024, 32, (4, 4)
+    torch.manual_seed(1)
+    double = {
+        "z": torch.randn(1, tokens, width) * 8, "gate": torch.tensor([[0.7, 0.3]]),
+        "hidden": torch.randn(1, tokens, 8), "w_up": torch.randn(8, width) / 2,
+    }  # fmt: skip
+    low = {name: value.to(dtype).requires_grad_() for name, value in double.items()}
+    double = {name: value.detach().double().requires_grad_() for name, value in low.items()}
+    scale = 4096.0
+    (scale * task_sparsity_loss(**low, ranks=ranks)).backward()
+    (scale * published(**double, ranks=ranks)).backward()
+    for name in ("z", "hidden", "gate"):
+        exact, found = double[name].grad, low[name].grad.double()
+        assert found.dtype == torch.float64 and low[name].grad.dtype == dtype
+        error = float((found - exact).norm() / exact.norm())
+        assert error < 3 * torch.finfo(dtype).eps, name
+
+
+def test_registered_operator():
+    keywords = arguments((1, 4, 2, 5), b_up=True, residual=True, mask=True)
+    names = ("z", "gate", "hidden", "w_up", "b_up", "residual", "mask", "ranks")
+    call = tuple(keywords[name] for name in names)
+    torch.library.opcheck(torch.ops.pemt_fast.task_sparsity_loss.default, call)
+    needs = (True, True, False, True, False, True)
+    detached = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in call)
+    torch.library.opcheck(
+        torch.ops.pemt_fast.task_sparsity_loss_gradients.default, (*detached, needs)
+    )
+
+
+def test_gradients_are_what_finite_differences_say():
+    keywords = arguments((1, 4, 2, 5), b_up=True, residual=True, mask=True)
+    names = ("z", "gate", "hidden", "w_up", "b_up", "residual")
+
+    def function(z, gate, hidden, w_up, b_up, residual):
+        return task_sparsity_loss(
+            z, gate, hidden, w_up, b_up, residual=residual, mask=keywords["mask"],
+            ranks=keywords["ranks"],
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, tuple(keywords[name] for name in names))
+
+
+@pytest.mark.parametrize("names", [("z",), ("gate", "hidden"), ("residual", "b_up"), ("w_up",)])
+def test_only_what_is_asked_for(names):
+    keywords = arguments(b_up=True, residual=True)
+    expected = run(task_sparsity_loss, keywords)
+    for name, value in keywords.items():
+        if isinstance(value, torch.Tensor) and name not in names:
+            keywords[name] = value.detach()
+    actual = run(task_sparsity_loss, keywords)
+    assert set(actual) == {"loss", *names}
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+def test_backward_keeps_only_gradients():
+    keywords = arguments()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        task_sparsity_loss(**keywords)
+    sizes = {tuple(t.shape) for t in kept}
+    assert sizes == {(B, S, H), (B, E), (B, S, 12), (12, H)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(B, S, 5)}, r"hidden must be \[\.\.\., N\] = \[3, 5, 12\]"),
+        ({"w_up": torch.zeros(12, 3)}, r"w_up must be \[N, H\] = \[12, 11\], got \[12, 3\]"),
+        ({"b_up": torch.zeros(2, 3)}, r"b_up must be \[E, H\] = \[4, 11\], got \[2, 3\]"),
+        ({"residual": torch.zeros(2, 3)}, r"residual must be"),
+        ({"mask": torch.ones(2, 3)}, r"mask must be \[\.\.\.\] = \[3, 5\], got \[2, 3\]"),
+        ({"gate": torch.zeros(B, 3)}, r"gate must be \[B, E\] with E = 4, got \[3, 3\]"),
+    ],
+)  # fmt: skip
+def test_wrong_sizes_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        task_sparsity_loss(**arguments() | change)
+
+
+def test_compiles_as_one_graph():
+    keywords = arguments(b_up=True, residual=True, mask=True, dtype=torch.float32)
+    expected = run(task_sparsity_loss, keywords)
+    torch._dynamo.reset()
+    compiled = torch.compile(task_sparsity_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, keywords), expected)

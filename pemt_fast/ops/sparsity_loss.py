@@ -4,20 +4,35 @@
 `L = Σ_e mean_b(gate[b,e]) · (1 − mean_t cos(z[t], m[t,e]))`
 
 with the adapter outputs `m[t,e] = hidden[t,e]·w_up[e] + c[t,e]` and `c = b_up[e] + residual[t]`
-(both optional). `m [T, E, H]` is never built: `⟨z, m_e⟩ = ⟨w_up[e]·z, hidden_e⟩ + ⟨z, c⟩`, and
-`‖m_e‖²` needs only the R×R Gram matrix of `w_up[e]`.
+(both optional). `m [T, E, H]` is never built. One opaque operator for autograd and `torch.compile`;
+the loss is a scalar, so its gradients are computed with it (`sparsity_terms.py`) and only scaled in
+backward: of the size of the tokens they are all that is kept.
 Source: `imbalance_loss` of the published code (github JachinLin2022/PEMT, modeling_t5.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# torch.nn.functional.cosine_similarity clamps each norm at this value.
-COSINE_EPS = 1e-8
+from pemt_fast.ops.autograd import without_autocast
+from pemt_fast.ops.sparsity_terms import Inputs, gradients, loss, scale_of, terms
+
+_INPUTS = (
+    "Tensor z, Tensor gate, Tensor hidden, Tensor w_up, Tensor? b_up, Tensor? residual, "
+    "Tensor? mask, int[] ranks"
+)
+_LIBRARY = torch.library.Library("pemt_fast", "FRAGMENT")
+_LIBRARY.define(f"task_sparsity_loss({_INPUTS}) -> Tensor")
+_LIBRARY.define(
+    f"task_sparsity_loss_gradients({_INPUTS}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_OPS = torch.ops.pemt_fast
+_TENSORS = 6  # the differentiable ones come first
 
 
 def task_sparsity_loss(
@@ -47,83 +62,144 @@ def task_sparsity_loss(
 
     Returns:
         A scalar, float32 (float64 for float64 inputs). 0 where no token counts.
+
+    Raises:
+        ValueError: sizes that do not belong together; the message names them.
     """
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    width, e_count = z.shape[-1], len(ranks)
-    z_th = z.reshape(-1, width)
-    hidden_tn = hidden.reshape(-1, hidden.shape[-1])
-    w_up = w_up.to(z_th.dtype)
-    squared_norm, dot = _rank_space(z_th, hidden_tn.to(z_th.dtype), w_up, tuple(ranks), dtype)
-    if b_up is not None or residual is not None:
-        extra_norm, extra_dot = _offsets(z_th, hidden_tn, w_up, b_up, residual, ranks, dtype)
-        squared_norm, dot = squared_norm + extra_norm, dot + extra_dot
-    z_norm = torch.linalg.vector_norm(z_th, dim=1, keepdim=True, dtype=dtype)
-    m_norm = squared_norm.clamp_min(COSINE_EPS**2).sqrt()
-    cosine = dot / (z_norm.clamp_min(COSINE_EPS) * m_norm)  # [T, E]
-    # With no token to average over there is no disagreement to penalise.
-    agreement = torch.ones(e_count, dtype=dtype, device=z.device)
-    if mask is not None:
-        weight = mask.reshape(-1, 1).to(dtype)
-        count = weight.sum()
-        mean_cosine = (cosine * weight).sum(0) / count.clamp_min(1)
-        mean_cosine = torch.where(count > 0, mean_cosine, agreement)
-    else:
-        mean_cosine = cosine.mean(0) if cosine.shape[0] else agreement
-    share = gate.reshape(-1, e_count).to(dtype).mean(0)
-    return (share * (1 - mean_cosine)).sum()
+    ranks = tuple(ranks)
+    _check(z, gate, hidden, w_up, b_up, residual, mask, ranks)
+    return _OPS.task_sparsity_loss.default(z, gate, hidden, w_up, b_up, residual, mask, ranks)
 
 
-def _split_sum(units: Tensor, ranks: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Sum `[T, N]` over the units of each adapter: `[T, E]`."""
-    if len(set(ranks)) == 1:
-        return units.view(-1, len(ranks), ranks[0]).sum(-1, dtype=dtype)
-    return torch.stack([part.sum(-1, dtype=dtype) for part in units.split(ranks, 1)], 1)
-
-
-def _rank_space(
-    z: Tensor, hidden: Tensor, w_up: Tensor, ranks: tuple[int, ...], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """`‖hidden_e·w_up[e]‖²` and `⟨z, hidden_e·w_up[e]⟩`, both `[T, E]`."""
-    dot = _split_sum(torch.mm(z, w_up.t()) * hidden, ranks, dtype)
-    if len(set(ranks)) == 1:
-        stacked = w_up.view(len(ranks), ranks[0], -1)
-        gram = torch.bmm(stacked, stacked.transpose(1, 2))  # [E, R, R]
-        by_adapter = hidden.view(-1, len(ranks), ranks[0]).transpose(0, 1)  # [E, T, R]
-        folded = torch.bmm(by_adapter, gram)
-        return (folded * by_adapter).sum(-1, dtype=dtype).t(), dot
-    norms = [
-        (h @ (w @ w.t()) * h).sum(-1, dtype=dtype)
-        for h, w in zip(hidden.split(ranks, 1), w_up.split(ranks, 0), strict=True)
-    ]
-    return torch.stack(norms, 1), dot
-
-
-def _offsets(
+def _check(
     z: Tensor,
+    gate: Tensor,
     hidden: Tensor,
     w_up: Tensor,
     b_up: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor | None,
+    ranks: tuple[int, ...],
+) -> None:
+    n, h, e = sum(ranks), z.shape[-1], len(ranks)
+    expected = {
+        "hidden": (hidden, (*z.shape[:-1], n), "[..., N]"),
+        "w_up": (w_up, (n, h), "[N, H]"),
+        "b_up": (b_up, (e, h), "[E, H]"),
+        "residual": (residual, tuple(z.shape), "[..., H]"),
+        "mask": (mask, tuple(z.shape[:-1]), "[...]"),
+    }
+    for name, (tensor, shape, letters) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must be {letters} = {list(shape)}, got {list(tensor.shape)} "
+                f"(z is {list(z.shape)}, ranks sum to {n})"
+            )
+    if gate.shape[-1] != e:
+        raise ValueError(f"gate must be [B, E] with E = {e}, got {list(gate.shape)}")
+
+
+def _inputs(
+    z: Tensor,
+    gate: Tensor,
+    hidden: Tensor,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
     ranks: Sequence[int],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """What `c = b_up + residual` adds to the squared norm and to the dot product, `[T, E]`."""
-    norm = dot = torch.zeros((), dtype=dtype, device=z.device)
-    ranks = tuple(ranks)
-    projected: Tensor | None = None
-    if residual is not None:
-        r_th = residual.reshape(-1, residual.shape[-1]).to(z.dtype)
-        dot = dot + (z * r_th).sum(-1, keepdim=True, dtype=dtype)
-        norm = norm + torch.linalg.vector_norm(r_th, dim=1, keepdim=True, dtype=dtype).square()
-        projected = torch.mm(r_th, w_up.t())  # [T, N]
-    if b_up is not None:
-        b_eh = b_up.to(z.dtype)
-        dot = dot + torch.mm(z, b_eh.t()).to(dtype)
-        norm = norm + torch.linalg.vector_norm(b_eh, dim=1, dtype=dtype).square()
-        if residual is not None:
-            norm = norm + 2 * torch.mm(r_th, b_eh.t()).to(dtype)
-        parts = zip(w_up.split(ranks), b_eh, strict=True)
-        along = torch.cat([(w * b).sum(-1) for w, b in parts])  # [N]
-        projected = along if projected is None else projected + along
-    assert projected is not None
-    return norm + 2 * _split_sum(hidden * projected, ranks, dtype), dot
+) -> Inputs:
+    """Flat, and everything of the width of tokens or weights in the dtype of z."""
+
+    def flat(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, tensor.shape[-1]).to(z.dtype)
+
+    return Inputs(
+        flat(z),
+        gate.reshape(-1, gate.shape[-1]),
+        flat(hidden),
+        w_up.to(z.dtype).contiguous(),
+        None if b_up is None else b_up.to(z.dtype),
+        None if residual is None else flat(residual),
+        None if mask is None else mask.reshape(-1),
+        tuple(ranks),
+    )
+
+
+def _forward(*args: Any) -> Tensor:
+    with without_autocast(args[0].device.type):
+        inputs = _inputs(*args)
+        return loss(inputs, terms(inputs))
+
+
+def _with_gradients(*args: Any) -> tuple[Tensor, ...]:
+    *args, needs = args
+    with without_autocast(args[0].device.type):
+        inputs = _inputs(*args)
+        found = terms(inputs)
+        grads = gradients(inputs, found, tuple(needs))
+    shaped = (
+        args[0].new_empty(0) if grad is None else grad.reshape(tensor.shape).to(tensor.dtype)
+        for grad, tensor in zip(grads, args[:_TENSORS], strict=True)
+    )
+    return loss(inputs, found), *shaped
+
+
+def _fake(*args: Any) -> Tensor:
+    z = args[0]
+    return z.new_empty((), dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+
+
+def _with_gradients_fake(*args: Any) -> tuple[Tensor, ...]:
+    *args, needs = args
+    shaped = (
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need and tensor is not None
+        else args[0].new_empty(0)
+        for tensor, need in zip(args[:_TENSORS], needs, strict=True)
+    )
+    return _fake(*args), *shaped
+
+
+class TaskSparsityLossFunction(torch.autograd.Function):
+    """Computes the gradients with the loss; backward scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:  # noqa: D102
+        needs = tuple(ctx.needs_input_grad[:_TENSORS])
+        with torch._C._AutoDispatchBelowAutograd():
+            value, *grads = _OPS.task_sparsity_loss_gradients.default(*args, needs)
+        ctx.save_for_backward(*(g if need else None for g, need in zip(grads, needs, strict=True)))
+        z = args[0]
+        ctx.scale = scale_of(z.numel() // max(z.shape[-1], 1))
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        z, gate, *others = ctx.saved_tensors
+        taken_back = grad / ctx.scale
+        return (
+            None if z is None else z * taken_back,
+            None if gate is None else gate * grad,
+            *(None if other is None else other * taken_back for other in others),
+            None,
+            None,
+        )
+
+
+def _autograd(*args: Any) -> Tensor:
+    inputs = args[:_TENSORS]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return TaskSparsityLossFunction.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OPS.task_sparsity_loss.default(*args)
+
+
+_LIBRARY.impl("task_sparsity_loss", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("task_sparsity_loss", _autograd, "Autograd")
+_LIBRARY.impl("task_sparsity_loss_gradients", _with_gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("pemt_fast::task_sparsity_loss", _fake, lib=_LIBRARY)
+torch.library.register_fake(
+    "pemt_fast::task_sparsity_loss_gradients", _with_gradients_fake, lib=_LIBRARY
+)

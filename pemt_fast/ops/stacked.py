@@ -91,7 +91,7 @@ def _by_gate_row(rows: Tensor, groups: int) -> Tensor:
     return rows.view(groups, rows.shape[0] // groups if groups else 0, rows.shape[1])
 
 
-def _scale_units(units: Tensor, gate: Tensor, ranks: tuple[int, ...]) -> Tensor:
+def scale_units(units: Tensor, gate: Tensor, ranks: tuple[int, ...]) -> Tensor:
     """`units [T, N]` times the gate of their adapter; the product in the gate's dtype."""
     scale = _per_unit(gate, ranks).unsqueeze(1)  # [G, 1, N]
     scaled = torch.mul(_by_gate_row(units, gate.shape[0]), scale).view_as(units)
@@ -257,7 +257,7 @@ def forward(
     gate, weights = _quarantine(gate, weights, unused, ranks)
     z = _pre_activation(x, weights)
     hidden = activate(z, activation)
-    gated = _clear_unused(_scale_units(hidden, gate, ranks), unused, ranks)
+    gated = _clear_unused(scale_units(hidden, gate, ranks), unused, ranks)
     if weights.b_up is not None:
         bias_gate = gate if unused is None else gate.masked_fill(unused, 0)
         bias = torch.mm(bias_gate, weights.b_up.to(gate.dtype))  # [G, H]
@@ -299,7 +299,7 @@ def backward(
         if needs_gate:
             d_gate = _sum_units(d_gated * hidden, groups, ranks)
         if needs_x or needs_w_down or needs_b_down:
-            d_h = _clear_unused(_scale_units(d_gated, gate, ranks), unused, ranks)
+            d_h = _clear_unused(scale_units(d_gated, gate, ranks), unused, ranks)
             if grad_hidden is not None:
                 d_h = d_h + grad_hidden
             d_z = activate_backward(d_h, saved, activation)
@@ -310,7 +310,7 @@ def backward(
             d_w_down = torch.mm(d_z.t(), x) if needs_w_down and x is not None else None
             d_b_down = d_z.sum(0, dtype=gate.dtype) if needs_b_down else None
     if needs_w_up:
-        gated = _clear_unused(_scale_units(hidden, gate, ranks), unused, ranks)
+        gated = _clear_unused(scale_units(hidden, gate, ranks), unused, ranks)
         d_w_up = torch.mm(gated.t(), grad_out)
     if weights.b_up is not None and (needs_gate or needs_b_up):
         d_out = _sum_gate_rows(grad_out, groups, gate.dtype)
