@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from pemt_fast import checkpoint
 from pemt_fast.nn.prompts import CorrelationPrompt
 from pemt_fast.nn.routing import RoutedCheckpoint, Routing, RoutingState
-from pemt_fast.t5 import Attachment, T5Model, check_t5
+from pemt_fast.t5 import Attachment, T5Model, check_t5, feed_forward_sites
 
 
 class MethodConfig(Protocol):
@@ -105,6 +105,7 @@ class AdapterModel(nn.Module):
         base_model: The T5; its attributes (`config`, `generation_config`, …) are available here.
         adapter_config: The method's config, complete: building from it needs no other file.
         prompt: The task prompt in front of the encoder input.
+        gate_threshold: Experts whose gate weight is below it are dropped at inference.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class AdapterModel(nn.Module):
         *,
         aux_weight: float,
         masks_padding: bool,
+        gate_threshold: float = 0.0,
     ) -> None:
         super().__init__()
         self.base_model = base_model
@@ -125,6 +127,7 @@ class AdapterModel(nn.Module):
         self.routing = routing
         self.aux_weight = aux_weight
         self.masks_padding = masks_padding
+        self.gate_threshold = gate_threshold
         self._attachment = attachment
         attachment.add_hook(
             base_model.decoder.register_forward_pre_hook(self._see_encoder, with_kwargs=True)
@@ -215,7 +218,10 @@ class AdapterModel(nn.Module):
         if not self.routing.enabled and encoder_outputs is None:
             attention_mask = _drop(attention_mask, self.prompt.length)
             inputs_embeds = _drop(inputs_embeds, self.prompt.length)
-        state = RoutingState(wants_loss=labels is not None and self.aux_weight != 0)
+        state = RoutingState(
+            wants_loss=labels is not None and self.aux_weight != 0,
+            gate_threshold=self.gate_threshold,
+        )
         if self.masks_padding:
             state.encoder_mask = None if attention_mask is None else attention_mask.bool()
             state.decoder_mask = None if labels is None else labels != -100
@@ -272,7 +278,8 @@ class AdapterModel(nn.Module):
                 input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
             )
         inputs_embeds, attention_mask = self._with_prompt(input_ids, attention_mask, inputs_embeds)
-        with self.routing.use(RoutingState(generating=True, recording=False)):
+        state = RoutingState(generating=True, recording=False, gate_threshold=self.gate_threshold)
+        with self.routing.use(state):
             return self.base_model.generate(
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
             )
@@ -314,6 +321,8 @@ class AdapterModel(nn.Module):
         if not self.routing.enabled:
             yield
             return
+        merged = self.merged
+        self.unmerge()
         self._attachment.swap_parameters()
         self.routing.enabled = False
         try:
@@ -321,9 +330,41 @@ class AdapterModel(nn.Module):
         finally:
             self.routing.enabled = True
             self._attachment.swap_parameters()
+            if merged:
+                self.merge()
+
+    def _tails(self) -> list[Any]:
+        return [site.feed_forward.wo for site in feed_forward_sites(self.base_model)]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapters are in T5's own weights."""
+        return any(tail.merged for tail in self._tails())
+
+    def merge(self) -> None:
+        """Add the adapters to the weights of `wo`, so that they cost nothing at inference.
+
+        Exact up to the rounding of the weights, and possible where nothing depends on the input:
+        LoRA sources in stage 1, a single LoRA source in stage 2. The prompt and the target adapter
+        stay as they are. `unmerge`, `unload` and `disabled` restore the old weights bit by bit.
+
+        Raises:
+            ValueError: something does not merge; the message says what, and nothing is changed.
+        """
+        tails = [tail for tail in self._tails() if not tail.merged]
+        for tail in tails:
+            tail.merged_delta()
+        for tail in tails:
+            tail.merge()
+
+    def unmerge(self) -> None:
+        """Undo `merge`; without one, nothing."""
+        for tail in self._tails():
+            tail.unmerge()
 
     def unload(self) -> T5Model:
         """Remove everything that was attached and return the untouched T5."""
+        self.unmerge()
         self._attachment.undo()
         for stack in (self.base_model.encoder, self.base_model.decoder):
             for block in stack.block:

@@ -80,6 +80,7 @@ def attach(
         attachment,
         aux_weight=config.aux_weight if config.stage == 2 else 0.0,
         masks_padding=config.masks_padding,
+        gate_threshold=config.gate_threshold,
     ).train(model.training)
 
 

@@ -52,6 +52,9 @@ class PemtConfig:
         loss_tokens: `real` or `all` positions in the Task Sparsity Loss; None: by `published`.
         prompt_dropout: Dropout on the attention over source prompts, in training.
         train_layer_norms: Train T5's layer norms; None: in stage 2 (in stage 1 see `published`).
+        gate_threshold: At inference experts whose gate weight is below it are dropped and the
+            others weighted up to a sum of 1; 0 drops none. An expert that no sequence uses costs
+            nothing. Can be changed later: `model.gate_threshold`.
         adapter_dtype: Dtype of what is attached; None: the model's.
         impl: Implementation of the operator, see `adapter_mixture`.
     """
@@ -73,6 +76,7 @@ class PemtConfig:
     loss_tokens: str | None = None
     prompt_dropout: float = 0.1
     train_layer_norms: bool | None = None
+    gate_threshold: float = 0.0
     adapter_dtype: str | None = None
     impl: str = "auto"
 
@@ -100,6 +104,8 @@ class PemtConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"prompt_dropout must be in [0, 1), got {self.prompt_dropout}")
+        if not 0 <= self.gate_threshold < 1:
+            raise ValueError(f"gate_threshold must be in [0, 1), got {self.gate_threshold}")
         if self.aux_weight < 0:
             raise ValueError(f"aux_weight must not be negative, got {self.aux_weight}")
 

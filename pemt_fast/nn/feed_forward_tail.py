@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pemt_fast.nn.bottleneck import BottleneckAdapter
-from pemt_fast.nn.gates import PooledGate, pool_prompt
+from pemt_fast.nn.gates import PooledGate, drop_below, pool_prompt
 from pemt_fast.nn.mixture import AdapterMixture
 from pemt_fast.nn.routing import Routing, RoutingState
 from pemt_fast.ops.sparsity_loss import task_sparsity_loss
@@ -32,6 +32,7 @@ class _Tail(nn.Module):
         self.routing = routing
         self.adds_residual = adds_residual
         self.residual: Tensor | None = None
+        self._unmerged: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -42,6 +43,38 @@ class _Tail(nn.Module):
     def bias(self) -> Tensor | None:
         """`wo.bias`."""
         return self.base.bias
+
+    def merged_delta(self) -> Tensor:
+        """What `merge` adds to `wo.weight`, `[d_model, d_ff]`.
+
+        Raises:
+            ValueError: it depends on the input, or is not linear; the message says which.
+        """
+        raise NotImplementedError
+
+    @property
+    def merged(self) -> bool:
+        """Whether `wo.weight` holds the adapters."""
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapters to `wo.weight`; the old values are kept for `unmerge`."""
+        weight, delta = self.base.weight, self.merged_delta()
+        self._unmerged = weight.data
+        weight.data = (weight.data.to(delta.dtype) + delta).to(weight.dtype)
+
+    def unmerge(self) -> None:
+        """Give `wo.weight` the values of before `merge`, bit by bit."""
+        if self._unmerged is not None:
+            weight = self.base.weight
+            weight.data = self._unmerged.to(weight.device, weight.dtype)
+            self._unmerged = None
+
+    def _is_merged_now(self) -> bool:
+        if self.merged and self.training and torch.is_grad_enabled():
+            raise RuntimeError("the adapters are merged into wo: unmerge() before training them")
+        return self.merged
 
     def keep_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the feed-forward module: remember its input."""
@@ -76,8 +109,20 @@ class SourceTail(_Tail):
         if not self.routing.enabled:
             return out
         self._state()
+        if self._is_merged_now():
+            return out
         out = self.adapter(hidden_states, out)
         return out if residual is None else out + residual
+
+    def merged_delta(self) -> Tensor:
+        """As in `_Tail`: `up·down` of a LoRA source."""
+        adapter = self.adapter
+        if adapter.activation != "identity" or adapter.down.bias is not None:
+            raise ValueError(
+                "the source adapter has an activation and biases: only LoRA sources merge"
+            )
+        _check_merges_into(self.base)
+        return _at_least_float(adapter.up.weight) @ _at_least_float(adapter.down.weight)
 
 
 class MixtureTail(_Tail):
@@ -118,15 +163,34 @@ class MixtureTail(_Tail):
         if self.gate is None:
             return torch.ones(hidden_states.shape[0], 1, device=hidden_states.device)
         if not self.is_decoder:
-            return self.gate(pool_prompt(hidden_states, self.prompt_length))
+            gate = self.gate(pool_prompt(hidden_states, self.prompt_length))
+            return self._drop_below(gate, state)
         if self.name in state.decoder_gates:
             return state.decoder_gates[self.name]
         if state.encoder_query is None:
             raise RuntimeError("the decoder ran without encoder_hidden_states: its gates need them")
-        gate = self.gate(state.encoder_query)
+        gate = self._drop_below(self.gate(state.encoder_query), state)
         if state.generating:
             state.decoder_gates[self.name] = gate
         return gate
+
+    def _drop_below(self, gate: Tensor, state: RoutingState) -> Tensor:
+        if self.training or state.gate_threshold == 0:
+            return gate
+        return drop_below(gate, state.gate_threshold)
+
+    def merged_delta(self) -> Tensor:
+        """As in `_Tail`: of a single LoRA source, whose gate is always 1."""
+        mixture = self.mixture
+        if self.gate is not None:
+            raise ValueError(
+                f"the gates of {self.name} depend on the input: with more than one source the "
+                "mixture does not merge"
+            )
+        if mixture.activation != "identity" or mixture.b_down is not None:
+            raise ValueError("the sources have activations and biases: only LoRA sources merge")
+        _check_merges_into(self.base)
+        return _at_least_float(mixture.w_up).t() @ _at_least_float(mixture.w_down)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states [B, S, d_ff]` to `[B, S, d_model]`."""
@@ -138,7 +202,9 @@ class MixtureTail(_Tail):
         gate = self._gate_weights(hidden_states, state)
         # A single source leaves nothing to select: the published code has no loss there either.
         wants_loss = state.wants_loss and self.gate is not None
-        if wants_loss:
+        if self._is_merged_now():
+            y = out
+        elif wants_loss:
             y, hidden = self.mixture.forward_with_hidden(hidden_states, gate, out)
         else:
             y = self.mixture(hidden_states, gate, out)
@@ -161,3 +227,17 @@ class MixtureTail(_Tail):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"name={self.name}, prompt_length={self.prompt_length}"
+
+
+def _check_merges_into(base: nn.Module) -> None:
+    weight = base.weight
+    if (
+        type(base) is not nn.Linear
+        or not isinstance(weight, Tensor)
+        or not weight.is_floating_point()
+    ):
+        raise ValueError(f"wo must be a plain nn.Linear to merge into, got {type(base).__name__}")
+
+
+def _at_least_float(weight: Tensor) -> Tensor:
+    return weight.detach() if weight.dtype == torch.float64 else weight.detach().float()

@@ -17,6 +17,16 @@ def pool_prompt(states: Tensor, prompt_length: int) -> Tensor:
     return states[:, :prompt_length].mean(1, dtype=dtype)
 
 
+def drop_below(gate: Tensor, threshold: float) -> Tensor:
+    """Gate weights `[B, E]` with 0 for those below `threshold`; the others sum to 1 again.
+
+    The largest one of each row stays, whatever it is.
+    """
+    kept = gate >= gate.amax(-1, keepdim=True).clamp_max(threshold)
+    gate = gate * kept
+    return gate / gate.sum(-1, keepdim=True)
+
+
 class PooledGate(nn.Module):
     """`softmax(pooled · w_gate)`; `w_gate [D, E]` starts at zero, so the gate starts uniform."""
 

@@ -27,6 +27,7 @@ class RoutingState:
         encoder_mask: `[B, P + S]`, tokens that count in the encoder's loss; None for all.
         decoder_mask: `[B, S]`, the same for the decoder.
         generating: Whether this is a `generate` call: the decoder's gates are computed once.
+        gate_threshold: Gate weights below it are dropped, outside of training.
         recording: Whether layers store gates and losses here. Off during recomputation.
         encoder_states: The encoder output whose pooled prompt is `encoder_query`.
         encoder_query: `[B, d_model]`, what the decoder's gates look at.
@@ -39,6 +40,7 @@ class RoutingState:
     encoder_mask: Tensor | None = None
     decoder_mask: Tensor | None = None
     generating: bool = False
+    gate_threshold: float = 0.0
     recording: bool = True
     encoder_states: Tensor | None = None
     encoder_query: Tensor | None = None

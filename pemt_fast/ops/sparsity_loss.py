@@ -133,14 +133,14 @@ def _forward(*args: Any) -> Tensor:
 
 
 def _with_gradients(*args: Any) -> tuple[Tensor, ...]:
-    *args, needs = args
-    with without_autocast(args[0].device.type):
-        inputs = _inputs(*args)
+    *given, needs = args
+    with without_autocast(given[0].device.type):
+        inputs = _inputs(*given)
         found = terms(inputs)
         grads = gradients(inputs, found, tuple(needs))
     shaped = (
-        args[0].new_empty(0) if grad is None else grad.reshape(tensor.shape).to(tensor.dtype)
-        for grad, tensor in zip(grads, args[:_TENSORS], strict=True)
+        given[0].new_empty(0) if grad is None else grad.reshape(tensor.shape).to(tensor.dtype)
+        for grad, tensor in zip(grads, given[:_TENSORS], strict=True)
     )
     return loss(inputs, found), *shaped
 
@@ -151,14 +151,14 @@ def _fake(*args: Any) -> Tensor:
 
 
 def _with_gradients_fake(*args: Any) -> tuple[Tensor, ...]:
-    *args, needs = args
+    *given, needs = args
     shaped = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         if need and tensor is not None
-        else args[0].new_empty(0)
-        for tensor, need in zip(args[:_TENSORS], needs, strict=True)
+        else given[0].new_empty(0)
+        for tensor, need in zip(given[:_TENSORS], needs, strict=True)
     )
-    return _fake(*args), *shaped
+    return _fake(*given), *shaped
 
 
 class TaskSparsityLossFunction(torch.autograd.Function):
