@@ -15,7 +15,7 @@ def published_tail(tail, h, residual, query, bottleneck):
     """Output, gate and loss as the published code computes them: every expert's output stacked."""
     gate = torch.softmax(query @ tail.gate.w_gate, -1)  # [B, E]
     mixture, outputs = tail.mixture, []
-    for e in range(3):
+    for e in range(len(mixture.ranks)):
         rows = mixture.rows(e)
         z = h @ mixture.w_down[rows].t()
         if bottleneck:
@@ -96,3 +96,61 @@ def test_correlation_prompt_uses_dropout_in_training_only():
     assert not torch.allclose(prompt(), expected)
     prompt.dropout = 0.0
     torch.testing.assert_close(prompt(), expected)
+
+
+def elements_kept(function, without):
+    """Elements that autograd keeps for the backward of `function`, but for tensors of `without`."""
+    known = {t.untyped_storage().data_ptr() for t in without}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (
+                tensor.numel(),
+                storage,
+            )  # alive, so that no address returns
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        results = function()
+    assert results is not None
+    return sum(count for count, _ in kept.values())
+
+
+def test_what_a_layer_keeps_for_backward():
+    tokens, width, units, bottleneck, experts = 8 * 64, 96, 6 * 8, 6, 6
+    model = randomise(
+        pemt_fast.get_model(
+            wide_t5(width, 4 * width),
+            pemt_config(
+                sources=list("abcdef"), source_prompt_lengths=None, source_rank=8,
+                target_bottleneck=bottleneck,
+            ),
+        )
+    )  # fmt: skip
+    tail = model.base_model.encoder.block[0].layer[-1].DenseReluDense.wo
+    h = torch.randn(8, 64, 4 * width, requires_grad=True)
+    state = RoutingState(wants_loss=True)
+
+    def ours():
+        with model.routing.use(state):
+            return tail(h), state.losses["encoder.0"]
+
+    own = [h, *tail.parameters()]
+    kept = elements_kept(ours, own)
+    least = tokens * (2 * width + 2 * units + bottleneck)
+    assert least <= kept <= least + 8 * 4 * width + 4 * 8 * experts + tokens
+    query = h[:, :P].mean(1)
+    published = elements_kept(lambda: published_tail(tail, h, None, query, False), own)
+    assert published > tokens * 3 * experts * width > 5 * kept
+
+
+def wide_t5(d_model, d_ff):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=40, d_model=d_model, d_kv=8, d_ff=d_ff, num_layers=1, num_decoder_layers=1,
+        num_heads=2, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
