@@ -19,10 +19,10 @@ SANITIZED := build/sanitizers
 KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases,tests/test_$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-sanitizers check format bench report triton-resources test-gpu bench-gpu clean
+.PHONY: help venv build demo test test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-t5 clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(BUILT)  ## create .venv: torch, then this package with its development tools
 
@@ -109,6 +109,10 @@ test-gpu: $(BUILT)  ## run only the tests that need a GPU
 bench-gpu: $(BUILT)  ## time the GPU kernels over their grid, in at most 9 minutes
 	@echo "==> grid of the GPU kernels"
 	@$(BIN)/python benchmarks/bench_adapter_mixture.py --suite grid --device cuda $(ARGS)
+
+bench-t5: $(BUILT)  ## time PEMT's second stage on T5, and its feed-forward tail alone
+	@echo "==> T5 benchmark"
+	@$(BIN)/python benchmarks/bench_t5_step.py $(ARGS)
 
 clean:  ## remove build products and caches; .venv stays
 	rm -rf build dist *.egg-info pemt_fast/_C[._]* $(BUILT) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -6,13 +6,14 @@
 
 Writes `results/README.md` and its plots, and the short table between the two `benchmark` markers of
 the repository's README; for the grid also `results/<device>-grid.md` with its cells. `--check`
-writes nothing and exits 1 if one of the texts is stale. `--show` prints a run of the grid, also a
-partial one.
+writes nothing and exits 1 if one of the texts is stale. `--show` prints a run of a grid or of T5,
+also a partial one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,11 @@ from grid_report import page, page_name, print_grid, section
 from grid_targets import ours
 from records import BENCHMARKS, HEAT_MAP_BASELINES, RESULTS, Result, newest
 from rich.console import Console
+from t5_records import SUITE as T5_SUITE
+from t5_records import load as load_t5
+from t5_records import newest_t5
+from t5_report import print_t5
+from t5_report import section as t5_section
 from tables import (
     COLUMNS,
     LOST,
@@ -54,14 +60,19 @@ def block(results: dict[str, Result], link: str = "benchmarks/results/README.md"
 
 
 def long_report(
-    results: dict[str, Result], plots: dict[str, list[str]], grids: Iterable[Result] = ()
+    results: dict[str, Result],
+    plots: dict[str, list[str]],
+    grids: Iterable[Result] = (),
+    t5s: Iterable[Result] = (),
 ) -> str:
-    """`results/README.md`: the grids' summaries first, their cells are elsewhere."""
+    """`results/README.md`: T5, the grids' summaries (their cells are elsewhere), the operator."""
     parts = [
         "# Results",
         "Written by `make report` from the newest complete run of each device; what the columns "
         "mean is in [../README.md](../README.md).",
     ]
+    for t5 in t5s:
+        parts += t5_section(t5)
     for grid in grids:
         parts += section(grid)
     for result in results.values():
@@ -105,10 +116,10 @@ def with_block(text: str, new: str) -> str | None:
 
 def texts(results: dict[str, Result], folder: Path) -> dict[Path, str]:
     """The files of the report in the folder of the results."""
-    grids = newest_grid(folder).values()
+    grids, t5s = newest_grid(folder).values(), newest_t5(folder).values()
     plots = {device: plot_names(result) for device, result in results.items()}
     pages = {folder / page_name(grid): page(grid) for grid in grids if ours(grid)}
-    return {folder / "README.md": long_report(results, plots, grids)} | pages
+    return {folder / "README.md": long_report(results, plots, grids, t5s)} | pages
 
 
 def stale(results: dict[str, Result], folder: Path, readme: Path) -> list[str]:
@@ -149,13 +160,16 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print this run of the grid")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print a run of a grid or of T5")
     options = parser.parse_args()
     if options.show is not None:
-        print_grid(load_grid(options.show), Console())
+        if json.loads(options.show.read_text()).get("suite") == T5_SUITE:
+            print_t5(load_t5(options.show), Console())
+        else:
+            print_grid(load_grid(options.show), Console())
         return 0
     results = newest(options.results)
-    if not results and not newest_grid(options.results):
+    if not (results or newest_grid(options.results) or newest_t5(options.results)):
         print(f"no complete result in {options.results}; `make bench` makes one")
         return 0 if options.check else 1
     if options.check:
