@@ -29,7 +29,7 @@ _LIBRARY = torch.library.Library("pemt_fast", "FRAGMENT")
 _LIBRARY.define(f"task_sparsity_loss({_INPUTS}) -> Tensor")
 _LIBRARY.define(
     f"task_sparsity_loss_gradients({_INPUTS}, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor loss, Tensor back, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _OPS = torch.ops.pemt_fast
 _TENSORS = 6  # the differentiable ones come first
@@ -142,7 +142,8 @@ def _with_gradients(*args: Any) -> tuple[Tensor, ...]:
         given[0].new_empty(0) if grad is None else grad.reshape(tensor.shape).to(tensor.dtype)
         for grad, tensor in zip(grads, given[:_TENSORS], strict=True)
     )
-    return loss(inputs, found), *shaped
+    value = loss(inputs, found)
+    return value, torch.full_like(value, 1 / scale_of(inputs.z.shape[0])), *shaped
 
 
 def _fake(*args: Any) -> Tensor:
@@ -158,7 +159,7 @@ def _with_gradients_fake(*args: Any) -> tuple[Tensor, ...]:
         else given[0].new_empty(0)
         for tensor, need in zip(given[:_TENSORS], needs, strict=True)
     )
-    return _fake(*given), *shaped
+    return _fake(*given), _fake(*given), *shaped
 
 
 class TaskSparsityLossFunction(torch.autograd.Function):
@@ -168,17 +169,17 @@ class TaskSparsityLossFunction(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:  # noqa: D102
         needs = tuple(ctx.needs_input_grad[:_TENSORS])
         with torch._C._AutoDispatchBelowAutograd():
-            value, *grads = _OPS.task_sparsity_loss_gradients.default(*args, needs)
-        ctx.save_for_backward(*(g if need else None for g, need in zip(grads, needs, strict=True)))
-        z = args[0]
-        ctx.scale = scale_of(z.numel() // max(z.shape[-1], 1))
+            value, back, *grads = _OPS.task_sparsity_loss_gradients.default(*args, needs)
+        # The factor is a tensor: as a number it would tie a compiled graph to its tokens.
+        kept = (g if need else None for g, need in zip(grads, needs, strict=True))
+        ctx.save_for_backward(back, *kept)
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        z, gate, *others = ctx.saved_tensors
-        taken_back = grad / ctx.scale
+        back, z, gate, *others = ctx.saved_tensors
+        taken_back = grad * back
         return (
             None if z is None else z * taken_back,
             None if gate is None else gate * grad,
