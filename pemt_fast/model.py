@@ -108,6 +108,10 @@ class AdapterModel(nn.Module):
         gate_threshold: Experts whose gate weight is below it are dropped at inference.
     """
 
+    # T5 takes num_items_in_batch and ignores it. Left to the signature, transformers' trainer would
+    # believe that the loss is divided by it, and add up accumulated gradients instead of averaging.
+    accepts_loss_kwargs = False
+
     def __init__(
         self,
         base_model: T5Model,
