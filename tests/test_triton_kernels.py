@@ -26,7 +26,7 @@ if importlib.util.find_spec("triton") is not None:
     from triton_offline import GPUS
 
     from pemt_fast.kernels import adapter_mixture as launcher
-    from pemt_fast.kernels import configs, walk, weight_gradients
+    from pemt_fast.kernels import configs, plans, walk, weight_gradients
 
 HELPERS = Path(__file__).parent / "helpers"
 
@@ -102,6 +102,16 @@ def test_precision_follows_the_setting_of_torch():
             assert walk.precision_of(torch.float32) == expected
     finally:
         settings.fp32_precision = before
+
+
+def test_constants_come_last():
+    # `Launcher` hands a compiled kernel its arguments by place: those of the call, then these.
+    kernels = [getattr(plans, name) for name in vars(plans) if name.endswith("_kernel")]
+    assert len(kernels) == 4
+    for kernel in kernels:
+        annotations = kernel.fn.__annotations__
+        constant = [name in annotations for name in kernel.arg_names]
+        assert constant == sorted(constant) and any(constant), kernel.fn.__name__
 
 
 # --- the table -----------------------------------------------------------------------------------
