@@ -17,8 +17,8 @@ _EXPORTS = {
     "AdapterTrainer": "pemt_fast.training.trainer",
     "PemtConfig": "pemt_fast.methods.pemt_config",
     "adapter_mixture": "pemt_fast.ops",
-    "get_model": "pemt_fast.model",
-    "load": "pemt_fast.model",
+    "get_model": "pemt_fast.attach",
+    "load": "pemt_fast.attach",
     "load_published_pemt": "pemt_fast.interop.published_pemt",
     "published_names": "pemt_fast.interop.published_pemt",
     "task_sparsity_loss": "pemt_fast.ops",
@@ -27,9 +27,10 @@ _EXPORTS = {
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
+    from pemt_fast.attach import get_model, load
     from pemt_fast.interop.published_pemt import load_published_pemt, published_names
     from pemt_fast.methods.pemt_config import PemtConfig
-    from pemt_fast.model import AdapterModel, get_model, load
+    from pemt_fast.model import AdapterModel
     from pemt_fast.ops import adapter_mixture, task_sparsity_loss
     from pemt_fast.training.trainer import AdapterTrainer
 

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pemt_fast.model import AdapterModel, MethodConfig
+    from pemt_fast.attach import MethodConfig
+    from pemt_fast.attached import AttachedModel
 
 CONFIG_FILE = "pemt_fast_config.json"
 WEIGHTS_FILE = "pemt_fast_model.safetensors"
@@ -42,7 +43,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def adapter_state_dict(model: AdapterModel) -> dict[str, Tensor]:
+def adapter_state_dict(model: AttachedModel) -> dict[str, Tensor]:
     """Attached tensors by their name in `model.named_parameters()`."""
     own = model._attachment.untouched_names()
     return {
@@ -56,7 +57,7 @@ def _digest(config_text: str) -> str:
     return hashlib.sha256(config_text.encode()).hexdigest()[:16]
 
 
-def write(model: AdapterModel, directory: str | os.PathLike[str]) -> None:
+def write(model: AttachedModel, directory: str | os.PathLike[str]) -> None:
     """Write both files of `model` to `directory`."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ def read(directory: str | os.PathLike[str]) -> tuple[MethodConfig, dict[str, Ten
 
 
 @torch.no_grad()
-def assign(model: AdapterModel, tensors: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
+def assign(model: AttachedModel, tensors: dict[str, Tensor], source: object) -> None:
     """Copy `tensors` into the attached parameters; nothing may be missing, left over or misfit."""
     own = adapter_state_dict(model)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())

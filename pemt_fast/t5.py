@@ -70,13 +70,13 @@ def feed_forward_sites(model: T5Model) -> list[FeedForwardSite]:
     return sites
 
 
-def layer_norms(model: T5Model) -> list[nn.Module]:
-    """All layer norms of both stacks, the final ones included."""
-    norms: list[nn.Module] = []
+def layer_norm_sites(model: T5Model) -> list[tuple[nn.Module, str]]:
+    """Owner and attribute of all layer norms of both stacks, the final ones included."""
+    sites: list[tuple[nn.Module, str]] = []
     for stack in (model.encoder, model.decoder):
-        norms += [layer.layer_norm for block in stack.block for layer in block.layer]
-        norms.append(stack.final_layer_norm)
-    return norms
+        sites += [(layer, "layer_norm") for block in stack.block for layer in block.layer]
+        sites.append((stack, "final_layer_norm"))
+    return sites
 
 
 def max_positions(model: T5Model) -> int:

@@ -225,6 +225,8 @@ def published_names(model: AdapterModel) -> dict[str, str]:
     config = model.adapter_config
     if not isinstance(config, PemtConfig):
         raise TypeError(f"model must be a PEMT model, got {type(config).__name__}")
+    if len(config.tasks) > 1:
+        raise ValueError(f"model must have one target, as the authors' do, got {config.tasks}")
     names = {"prompt.prompt": "task_shared"}
     for site in feed_forward_sites(model.base_model):
         ours, inner = f"base_model.{site.wo_path}", f"{site.path}.DenseReluDense"
@@ -239,7 +241,7 @@ def published_names(model: AdapterModel) -> dict[str, str]:
         else:
             module, prefix = "adapter", inner
         own = [f"{ours}.{module}.{o}.{kind}" for kind in ("weight", "bias") for _, o in _LINEARS]
-        names |= zip(own, _bottleneck_names(prefix, config.target), strict=True)
+        names |= zip(own, _bottleneck_names(prefix, config.tasks[0]), strict=True)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for name in trained - names.keys():
         names[name] = name.removeprefix("base_model.")

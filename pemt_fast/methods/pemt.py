@@ -23,9 +23,10 @@ from pemt_fast.nn.bottleneck import BottleneckAdapter
 from pemt_fast.nn.feed_forward_tail import MixtureTail, SourceTail
 from pemt_fast.nn.gates import PooledGate
 from pemt_fast.nn.mixture import AdapterMixture
-from pemt_fast.nn.prompts import CorrelationPrompt
+from pemt_fast.nn.prompts import CorrelationPrompt, TargetPrompts
 from pemt_fast.nn.routing import Routing
-from pemt_fast.t5 import Attachment, T5Model, feed_forward_sites, layer_norms
+from pemt_fast.nn.targets import TargetGates, TargetNorm
+from pemt_fast.t5 import Attachment, T5Model, feed_forward_sites, layer_norm_sites
 
 
 def attach(
@@ -46,9 +47,7 @@ def attach(
     config = plan.config
     embedding = model.get_input_embeddings().weight
     dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else model.dtype
-    prompt = CorrelationPrompt(
-        plan.prompt_length, embedding.shape[1], plan.source_prompt_lengths, config.prompt_dropout
-    )
+    prompt = _prompt(plan, embedding.shape[1])
     _init_prompt(prompt, embedding, plan.token_ids, config.draws_prompt_from)
     for own, source in zip(prompt.sources, plan.sources, strict=False):
         own.data.copy_(source.prompt)
@@ -60,7 +59,6 @@ def attach(
         else _mixture_tail(model, plan, site.name, routing)
         for site in sites
     ]
-
     for site, tail in zip(sites, tails, strict=True):
         tail.to(device=site.feed_forward.wo.weight.device, dtype=dtype)
     attachment = Attachment(model)
@@ -70,8 +68,12 @@ def attach(
         if tail.adds_residual:
             attachment.add_hook(site.feed_forward.register_forward_pre_hook(tail.keep_residual))
     if config.trains_layer_norms:
-        for norm in layer_norms(model):
-            attachment.train_copy(norm, "weight")
+        for owner, name in layer_norm_sites(model):
+            norm = getattr(owner, name)
+            if len(config.tasks) > 1:
+                attachment.replace_module(owner, name, TargetNorm(norm, len(config.tasks), routing))
+            else:
+                attachment.train_copy(norm, "weight")
     return AdapterModel(
         model,
         config,
@@ -84,9 +86,16 @@ def attach(
     ).train(model.training)
 
 
+def _prompt(plan: Plan, width: int) -> CorrelationPrompt | TargetPrompts:
+    lengths, dropout = plan.source_prompt_lengths, plan.config.prompt_dropout
+    if len(plan.prompt_lengths) > 1:
+        return TargetPrompts(plan.prompt_lengths, width, lengths, dropout)
+    return CorrelationPrompt(plan.prompt_lengths[0], width, lengths, dropout)
+
+
 @torch.no_grad()
 def _init_prompt(
-    prompt: CorrelationPrompt,
+    prompt: CorrelationPrompt | TargetPrompts,
     embedding: Tensor,
     token_ids: Sequence[Sequence[int] | None],
     draw_from: str,
@@ -98,7 +107,7 @@ def _init_prompt(
     drawn from N(0, 1), so that equal tokens share a row, as the released code does.
     """
     table = embedding if draw_from == "vocabulary" else torch.randn(embedding.shape)
-    for parameter, ids in zip((prompt.prompt, *prompt.sources), token_ids, strict=False):
+    for parameter, ids in zip((*prompt.trained, *prompt.sources), token_ids, strict=False):
         length = parameter.shape[0]
         if ids is None:
             rows = torch.randint(len(table), (length,))
@@ -131,17 +140,35 @@ def _mixture_tail(model: T5Model, plan: Plan, name: str, routing: Routing) -> Mi
         mixture.set_adapter(e, *source.adapters[name])
     mixture.requires_grad_(False)
     gate_width = d_model if name.startswith("decoder") else d_ff
-    target = BottleneckAdapter(
-        d_model, plan.target_bottleneck, d_model, activation="gelu_tanh", bias=True, impl=impl
-    )
-    target.reset_parameters("normal")
     return MixtureTail(
         nn.Identity(),
         mixture,
-        PooledGate(gate_width, len(plan.ranks)) if len(plan.ranks) > 1 else None,
-        target,
+        _gate(plan, gate_width) if len(plan.ranks) > 1 else None,
+        _target_adapter(plan, d_model),
         name=name,
-        prompt_length=plan.prompt_length,
+        prompt_length=max(plan.prompt_lengths),
         routing=routing,
         adds_residual=bottleneck,
     )
+
+
+def _gate(plan: Plan, width: int) -> PooledGate | TargetGates:
+    targets = len(plan.config.tasks)
+    if targets > 1:
+        return TargetGates(targets, width, len(plan.ranks))
+    return PooledGate(width, len(plan.ranks))
+
+
+def _target_adapter(plan: Plan, width: int) -> BottleneckAdapter | AdapterMixture:
+    """One adapter, or the mixture of those of several targets, which a one-hot gate takes apart."""
+    targets, rank, impl = len(plan.config.tasks), plan.target_bottleneck, plan.config.impl
+    if targets > 1:
+        mixture = AdapterMixture(
+            width, width, (rank,) * targets, activation="gelu_tanh", bias=True, impl=impl
+        )
+        for weight in (mixture.w_down, mixture.w_up):
+            nn.init.normal_(weight, std=0.01)
+        return mixture
+    adapter = BottleneckAdapter(width, rank, width, activation="gelu_tanh", bias=True, impl=impl)
+    adapter.reset_parameters("normal")
+    return adapter

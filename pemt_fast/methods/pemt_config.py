@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from pemt_fast.model import AdapterModel
@@ -33,7 +34,9 @@ class PemtConfig:
         sources: Stage 2: the sources in the order of the gate, each a directory written by stage 1
             or a plain name for a freshly initialised one (tests, benchmarks). Stage 1: empty, or
             the target itself.
-        target: Name of the task that is trained: the target, or the source in stage 1.
+        target: Name of the task that is trained: the target, or the source in stage 1. Several
+            names make a model of several targets over the same sources, each with its own prompt,
+            gates, target adapter and layer norms; `task_ids` then says which a sequence is for.
         stage: 1 trains one source adapter and its prompt; 2 adapts to the target.
         source_rank: Bottleneck width of fresh sources (64 in the paper's code).
         source_ranks: One width per source instead; read from the files of trained sources.
@@ -41,13 +44,15 @@ class PemtConfig:
             the layer's input as residual).
         target_reduction: The target adapter's bottleneck is `d_model // target_reduction`.
         target_bottleneck: That width itself, instead.
-        prompt_length: Prompt positions; by default the number of tokens of the description.
+        prompt_length: Prompt positions, or one number per target; by default the number of tokens
+            of the description.
         source_prompt_lengths: The same per fresh source.
         aux_weight: Weight of the Task Sparsity Loss.
         published: Follow the released code where it has defects: prompt rows from N(0, 1), loss
             over padding too, both factors of a new source adapter Kaiming-uniform, trained layer
             norms in stage 1 of `bottleneck` sources.
-        description: One sentence on the task; by default that of the known task named `target`.
+        description: One sentence on the task, or one per target; by default that of the known task
+            named `target`.
         prompt_init: `vocabulary` (rows of the embedding table) or `normal`; None: by `published`.
         loss_tokens: `real` or `all` positions in the Task Sparsity Loss; None: by `published`.
         prompt_dropout: Dropout on the attention over source prompts, in training.
@@ -60,18 +65,18 @@ class PemtConfig:
     """
 
     sources: Sequence[str] = ()
-    target: str = "target"
+    target: str | Sequence[str] = "target"
     stage: int = 2
     source_rank: int = 64
     source_ranks: Sequence[int] | None = None
     source_kind: str = "lora"
     target_reduction: int = 16
     target_bottleneck: int | None = None
-    prompt_length: int | None = None
+    prompt_length: int | Sequence[int] | None = None
     source_prompt_lengths: Sequence[int] | None = None
     aux_weight: float = 0.1
     published: bool = False
-    description: str | None = None
+    description: str | Sequence[str] | None = None
     prompt_init: str | None = None
     loss_tokens: str | None = None
     prompt_dropout: float = 0.1
@@ -87,6 +92,7 @@ class PemtConfig:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "sources", tuple(str(s) for s in self.sources))
+        self._check_targets()
         self._check_choices()
         self._check_sources()
 
@@ -96,9 +102,7 @@ class PemtConfig:
         _require("prompt_init", self.prompt_init, (None, *PROMPT_INITS))
         _require("loss_tokens", self.loss_tokens, (None, *LOSS_TOKENS))
         _require("adapter_dtype", self.adapter_dtype, (None, *ADAPTER_DTYPES))
-        if not self.target or "/" in self.target or "." in self.target:
-            raise ValueError(f"target must be a task name without '/' or '.', got {self.target!r}")
-        for name in ("source_rank", "target_reduction", "target_bottleneck", "prompt_length"):
+        for name in ("source_rank", "target_reduction", "target_bottleneck"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -108,6 +112,29 @@ class PemtConfig:
             raise ValueError(f"gate_threshold must be in [0, 1), got {self.gate_threshold}")
         if self.aux_weight < 0:
             raise ValueError(f"aux_weight must not be negative, got {self.aux_weight}")
+
+    def _check_targets(self) -> None:
+        for name in ("target", "prompt_length", "description"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                # One target is a single one however it is written.
+                object.__setattr__(self, name, value[0] if len(value) == 1 else tuple(value))
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"target must hold different names, got {list(self.tasks)}")
+        for name in self.tasks:
+            if not name or "/" in name or "." in name:
+                raise ValueError(f"target must be a task name without '/' or '.', got {name!r}")
+        if self.stage == 1 and len(self.tasks) > 1:
+            raise ValueError(f"stage 1 trains one task, got the targets {list(self.tasks)}")
+        for name in ("prompt_length", "description"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != len(self.tasks):
+                raise ValueError(
+                    f"{name} must hold one value per target ({len(self.tasks)}), got {list(value)}"
+                )
+        for length in self.per_target("prompt_length"):
+            if length is not None and length < 1:
+                raise ValueError(f"prompt_length must be at least 1, got {length}")
 
     def _check_sources(self) -> None:
         if self.stage == 1 and self.sources == (self.target,):
@@ -128,6 +155,16 @@ class PemtConfig:
                 )
         if len(set(self.sources)) != len(self.sources):
             raise ValueError(f"sources must differ, got {list(self.sources)}")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The targets; `task_ids` are their numbers in this order."""
+        return (self.target,) if isinstance(self.target, str) else tuple(self.target)
+
+    def per_target(self, name: str) -> tuple[Any, ...]:
+        """A field that holds one value, or one per target: one per target."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.tasks)
 
     @property
     def trains_layer_norms(self) -> bool:
@@ -158,6 +195,17 @@ class PemtConfig:
         from pemt_fast.methods.pemt import attach
 
         return attach(model, self, tokenizer, sources=None if reads_sources else ())
+
+    @staticmethod
+    def join(
+        directories: Sequence[str],
+        configs: Sequence[PemtConfig],
+        weights: Sequence[Mapping[str, Tensor]],
+    ) -> tuple[PemtConfig, dict[str, Tensor]]:
+        """Saved targets as one model of several; called by `load`."""
+        from pemt_fast.methods.pemt_targets import join
+
+        return join(directories, configs, weights)
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready values with the method's name."""

@@ -47,8 +47,9 @@ class Plan:
     Attributes:
         config: Complete: building from it needs no other file.
         sources: Trained sources in the order of the gate; empty for fresh ones.
-        token_ids: Tokens of the description, then of each fresh source's; None without tokenizer.
-        prompt_length: Prompt positions.
+        token_ids: Tokens of the targets' descriptions, then of those of fresh sources; None without
+            a tokenizer.
+        prompt_lengths: Prompt positions per target.
         source_prompt_lengths: The same per source.
         ranks: Bottleneck width per source.
         target_bottleneck: Width of the target adapter.
@@ -57,7 +58,7 @@ class Plan:
     config: PemtConfig
     sources: tuple[Source, ...]
     token_ids: tuple[list[int] | None, ...]
-    prompt_length: int
+    prompt_lengths: tuple[int, ...]
     source_prompt_lengths: tuple[int, ...]
     ranks: tuple[int, ...]
     target_bottleneck: int
@@ -78,9 +79,15 @@ def make_plan(
                 f"sources must be all directories or all plain names; {fresh} are no directories"
             )
         sources = [read_source(directory, model, config) for directory in directories]
-    text = config.description or describe(config.target)
-    token_ids = [_token_ids(text, tokenizer)]
-    prompt_length = config.prompt_length or _length(text, token_ids[0])
+    given = zip(config.tasks, config.per_target("description"), strict=True)
+    texts = [text or describe(task) for task, text in given]
+    token_ids = [_token_ids(text, tokenizer) for text in texts]
+    prompt_lengths = tuple(
+        length or _length(text, ids)
+        for length, text, ids in zip(
+            config.per_target("prompt_length"), texts, token_ids, strict=True
+        )
+    )
     lengths, ranks = config.source_prompt_lengths, config.source_ranks
     if sources:
         names = tuple(s.name for s in sources)
@@ -91,23 +98,23 @@ def make_plan(
         names = tuple(config.sources)
         if names:
             logger.info("sources %s are plain names: freshly initialised", ", ".join(names))
-        texts = [describe(name) for name in names]
-        ids = [_token_ids(t, tokenizer) for t in texts]
+        named = [describe(name) for name in names]
+        ids = [_token_ids(t, tokenizer) for t in named]
         token_ids += ids
-        lengths = lengths or [_length(t, i) for t, i in zip(texts, ids, strict=True)]
+        lengths = lengths or [_length(t, i) for t, i in zip(named, ids, strict=True)]
         ranks = ranks or [config.source_rank] * len(names)
     bottleneck = config.target_bottleneck or model.config.d_model // config.target_reduction
     config = replace(
         config,
         sources=names,
-        description=text,
-        prompt_length=prompt_length,
+        description=texts,
+        prompt_length=prompt_lengths,
         source_prompt_lengths=lengths if names else None,
         source_ranks=ranks if names else None,
         target_bottleneck=bottleneck or None,
     )
     plan = Plan(
-        config, tuple(sources), tuple(token_ids), prompt_length, tuple(lengths), tuple(ranks),
+        config, tuple(sources), tuple(token_ids), prompt_lengths, tuple(lengths), tuple(ranks),
         bottleneck,
     )  # fmt: skip
     _check_fits(model, plan)
@@ -144,7 +151,7 @@ def read_source(directory: str | os.PathLike[str], model: T5Model, config: PemtC
         if missing:
             raise ValueError(f"{directory}: made for another model size; missing {missing[0]}")
         adapters[site.name] = tuple(tensors[prefix + n] for n in names)
-    return Source(saved.target, tensors["prompt.prompt"], adapters)
+    return Source(saved.tasks[0], tensors["prompt.prompt"], adapters)
 
 
 def describe(task: str) -> str:
@@ -163,10 +170,10 @@ def _length(text: str, token_ids: list[int] | None) -> int:
 
 def _check_fits(model: T5Model, plan: Plan) -> None:
     limit = max_positions(model)
-    if plan.prompt_length > limit:
+    if max(plan.prompt_lengths) > limit:
         raise ValueError(
             f"prompt_length must be at most {limit}, the positions of this model, "
-            f"got {plan.prompt_length}"
+            f"got {max(plan.prompt_lengths)}"
         )
     d, h = model.config.d_ff, model.config.d_model
     if plan.config.stage == 2 and plan.target_bottleneck < 1:

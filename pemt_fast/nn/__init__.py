@@ -5,7 +5,8 @@ from pemt_fast.nn.bottleneck import BottleneckAdapter
 from pemt_fast.nn.feed_forward_tail import MixtureTail, SourceTail
 from pemt_fast.nn.gates import PooledGate
 from pemt_fast.nn.mixture import AdapterMixture
-from pemt_fast.nn.prompts import CorrelationPrompt
+from pemt_fast.nn.prompts import CorrelationPrompt, TargetPrompts
+from pemt_fast.nn.targets import TargetGates, TargetNorm
 
 __all__ = [
     "AdapterMixture",
@@ -14,4 +15,7 @@ __all__ = [
     "MixtureTail",
     "PooledGate",
     "SourceTail",
+    "TargetGates",
+    "TargetNorm",
+    "TargetPrompts",
 ]

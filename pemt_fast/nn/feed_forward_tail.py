@@ -20,6 +20,7 @@ from pemt_fast.nn.bottleneck import BottleneckAdapter
 from pemt_fast.nn.gates import PooledGate, drop_below, pool_prompt
 from pemt_fast.nn.mixture import AdapterMixture
 from pemt_fast.nn.routing import Routing, RoutingState
+from pemt_fast.nn.targets import TargetGates
 from pemt_fast.ops.sparsity_loss import task_sparsity_loss
 
 
@@ -84,14 +85,6 @@ class _Tail(nn.Module):
         residual, self.residual = self.residual, None
         return residual if self.adds_residual else None
 
-    def _state(self) -> RoutingState:
-        if self.routing.state is None:
-            raise RuntimeError(
-                "this T5 carries pemt_fast adapters: call the model that get_model returned, "
-                "not the T5 inside it, or unload() it first"
-            )
-        return self.routing.state
-
 
 class SourceTail(_Tail):
     """Stage 1: `wo` with one trainable source adapter in parallel."""
@@ -108,7 +101,7 @@ class SourceTail(_Tail):
         out = self.base(hidden_states)
         if not self.routing.enabled:
             return out
-        self._state()
+        self.routing.current()
         if self._is_merged_now():
             return out
         out = self.adapter(hidden_states, out)
@@ -132,7 +125,8 @@ class MixtureTail(_Tail):
         base: The original `wo`.
         mixture: The frozen source adapters.
         gate: The trained gate, None for a single source (its weight is always 1).
-        target_adapter: The trained adapter of the target task.
+        target_adapter: The trained adapter of the target task, or the mixture of those of several
+            targets, of which each sequence takes its own.
         name: `encoder.i` or `decoder.i`, the key of the recorded gate and loss.
         prompt_length: Positions the encoder's gate pools over.
         routing: Shared with the wrapped model.
@@ -143,8 +137,8 @@ class MixtureTail(_Tail):
         self,
         base: nn.Module,
         mixture: AdapterMixture,
-        gate: PooledGate | None,
-        target_adapter: BottleneckAdapter,
+        gate: PooledGate | TargetGates | None,
+        target_adapter: BottleneckAdapter | AdapterMixture,
         *,
         name: str,
         prompt_length: int,
@@ -160,16 +154,18 @@ class MixtureTail(_Tail):
         self.prompt_length = prompt_length
 
     def _gate_weights(self, hidden_states: Tensor, state: RoutingState) -> Tensor:
+        rows = hidden_states.shape[0]
         if self.gate is None:
-            return torch.ones(hidden_states.shape[0], 1, device=hidden_states.device)
+            return torch.ones(rows, 1, device=hidden_states.device)
         if not self.is_decoder:
-            gate = self.gate(pool_prompt(hidden_states, self.prompt_length))
-            return self._drop_below(gate, state)
+            query = pool_prompt(hidden_states, self.prompt_length, state.prompt_mask)
+            return self._drop_below(self.gate(query, state.task_ids), state)
         if self.name in state.decoder_gates:
             return state.decoder_gates[self.name]
         if state.encoder_query is None:
             raise RuntimeError("the decoder ran without encoder_hidden_states: its gates need them")
-        gate = self._drop_below(self.gate(state.encoder_query), state)
+        gate = self.gate(state.encoder_query, state.task_rows(rows))
+        gate = self._drop_below(gate, state)
         if state.generating:
             state.decoder_gates[self.name] = gate
         return gate
@@ -198,7 +194,7 @@ class MixtureTail(_Tail):
         out = self.base(hidden_states)
         if not self.routing.enabled:
             return out
-        state = self._state()
+        state = self.routing.current()
         gate = self._gate_weights(hidden_states, state)
         # A single source leaves nothing to select: the published code has no loss there either.
         wants_loss = state.wants_loss and self.gate is not None
@@ -210,7 +206,7 @@ class MixtureTail(_Tail):
             y = self.mixture(hidden_states, gate, out)
         if residual is not None:
             y = y + residual
-        z = self.target_adapter(y, y)
+        z = self._adapt_to_target(y, state)
         if state.recording:
             state.gates[self.name] = gate
         if wants_loss:
@@ -223,6 +219,12 @@ class MixtureTail(_Tail):
             if state.recording:
                 state.losses[self.name] = loss
         return z
+
+    def _adapt_to_target(self, y: Tensor, state: RoutingState) -> Tensor:
+        adapter = self.target_adapter
+        if isinstance(adapter, BottleneckAdapter):
+            return adapter(y, y)
+        return adapter(y, state.task_gate(y.shape[0]), y)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor, nn
 
 
-def pool_prompt(states: Tensor, prompt_length: int) -> Tensor:
-    """Mean over the first `prompt_length` positions of `[B, S, D]`: `[B, D]`, at least float32."""
+def pool_prompt(states: Tensor, prompt_length: int, mask: Tensor | None = None) -> Tensor:
+    """Mean over the first `prompt_length` positions of `[B, S, D]`: `[B, D]`, at least float32.
+
+    With `mask [B, prompt_length]`, over the positions for which it is true.
+    """
     dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
-    return states[:, :prompt_length].mean(1, dtype=dtype)
+    states = states[:, :prompt_length]
+    if mask is None:
+        return states.mean(1, dtype=dtype)
+    share = mask.to(dtype) / mask.sum(1, keepdim=True)
+    return (states.to(dtype) * share.unsqueeze(-1)).sum(1)
 
 
 def drop_below(gate: Tensor, threshold: float) -> Tensor:
@@ -34,8 +41,11 @@ class PooledGate(nn.Module):
         super().__init__()
         self.w_gate = nn.Parameter(torch.zeros(in_features, num_adapters))
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """`pooled [B, D]` to gate weights `[B, E]` that sum to 1, at least float32."""
+    def forward(self, pooled: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """`pooled [B, D]` to gate weights `[B, E]` that sum to 1, at least float32.
+
+        All sequences share the gate, whatever `task_ids` says; see `TargetGates`.
+        """
         return torch.softmax(torch.mm(pooled, self.w_gate.to(pooled.dtype)), dim=-1)
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ Source: github JachinLin2022/PEMT, `T5Stack.forward`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,7 @@ class CorrelationPrompt(nn.Module):
     ) -> None:
         super().__init__()
         self.prompt = nn.Parameter(torch.zeros(length, d_model))
-        self.sources = nn.ParameterList(
-            nn.Parameter(torch.zeros(n, d_model), requires_grad=False) for n in source_lengths
-        )
+        self.sources = _source_prompts(source_lengths, d_model)
         self.dropout = dropout
 
     @property
@@ -40,22 +38,102 @@ class CorrelationPrompt(nn.Module):
         """Number of prompt positions."""
         return self.prompt.shape[0]
 
+    @property
+    def trained(self) -> list[Tensor]:
+        """The prompts of the targets: one."""
+        return [self.prompt]
+
     def forward(self) -> Tensor:
         """`[length, d_model]` in the dtype of the prompt."""
-        if not len(self.sources):
-            return self.prompt
-        dtype = torch.float64 if self.prompt.dtype == torch.float64 else torch.float32
-        # In float32: the scores are sums over d_model without a scale and saturate the softmax.
-        prompt = self.prompt.to(dtype)
-        attended = torch.zeros_like(prompt)
-        for source in self.sources:
-            source = source.to(dtype)
-            attention = torch.softmax(prompt @ source.t(), dim=-1)
-            attention = F.dropout(attention, self.dropout, self.training)
-            attended = attended + attention @ source
-        return (attended + prompt).to(self.prompt.dtype)
+        return correlate(self.prompt, self.sources, self.dropout if self.training else 0.0)
+
+    def rows(self, batch: int, task_ids: Tensor | None) -> Tensor:
+        """The prompt of each sequence, `[B, length, d_model]`: the same for all."""
+        return self().unsqueeze(0).expand(batch, -1, -1)
+
+    def mask(self, task_ids: Tensor | None) -> Tensor | None:
+        """Which positions of each sequence's prompt count: all of them, None."""
+        return None
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         sources = [s.shape[0] for s in self.sources]
         return f"length={self.length}, source_lengths={sources}, dropout={self.dropout}"
+
+
+class TargetPrompts(nn.Module):
+    """One correlation-guided prompt per target over the same source prompts.
+
+    Shorter prompts are filled up in front, with positions that no mask lets through: T5 knows
+    distances only, so each sequence sees what it would see alone.
+
+    Args:
+        lengths: Prompt positions per target.
+        d_model: Width of the model.
+        source_lengths: Lengths of the frozen source prompts.
+        dropout: As in `CorrelationPrompt`.
+    """
+
+    counts: Tensor
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        d_model: int,
+        source_lengths: Sequence[int] = (),
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.prompts = nn.ParameterList(nn.Parameter(torch.zeros(n, d_model)) for n in lengths)
+        self.sources = _source_prompts(source_lengths, d_model)
+        self.dropout = dropout
+        self.length = max(lengths)
+        starts = torch.tensor([self.length - n for n in lengths])
+        counts = torch.arange(self.length) >= starts.unsqueeze(1)  # [K, P]
+        self.register_buffer("counts", counts, persistent=False)
+        self._pads = len(set(lengths)) > 1
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The prompts of the targets."""
+        return list(self.prompts)
+
+    def forward(self) -> Tensor:
+        """`[K, length, d_model]`, shorter prompts at the end of their positions."""
+        dropout = self.dropout if self.training else 0.0
+        prompts = [correlate(prompt, self.sources, dropout) for prompt in self.prompts]
+        return torch.stack([F.pad(p, (0, 0, self.length - p.shape[0], 0)) for p in prompts])
+
+    def rows(self, batch: int, task_ids: Tensor) -> Tensor:
+        """The prompt of each sequence, `[B, length, d_model]`."""
+        # F.embedding adds up the gradients of a task's rows in a fixed order; an index would not.
+        return F.embedding(task_ids, self().flatten(1)).unflatten(1, (self.length, -1))
+
+    def mask(self, task_ids: Tensor) -> Tensor | None:
+        """Which positions of each sequence's prompt count, `[B, length]`; None for all."""
+        return self.counts[task_ids] if self._pads else None
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        lengths = [p.shape[0] for p in self.prompts]
+        sources = [s.shape[0] for s in self.sources]
+        return f"lengths={lengths}, source_lengths={sources}, dropout={self.dropout}"
+
+
+def correlate(prompt: Tensor, sources: Iterable[Tensor], dropout: float) -> Tensor:
+    """`prompt + Σ_k dropout(softmax(prompt·source_kᵀ))·source_k` in the dtype of the prompt."""
+    dtype = torch.float64 if prompt.dtype == torch.float64 else torch.float32
+    # In float32: the scores are sums over d_model without a scale and saturate the softmax.
+    wide, attended = prompt.to(dtype), None
+    for source in sources:
+        source = source.to(dtype)
+        attention = torch.softmax(wide @ source.t(), dim=-1)
+        found = F.dropout(attention, dropout, dropout > 0) @ source
+        attended = found if attended is None else attended + found
+    return prompt if attended is None else (attended + wide).to(prompt.dtype)
+
+
+def _source_prompts(lengths: Sequence[int], d_model: int) -> nn.ParameterList:
+    return nn.ParameterList(
+        nn.Parameter(torch.zeros(n, d_model), requires_grad=False) for n in lengths
+    )

@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one forward pass of a wrapped model knows, for the modules deep inside it.
 
-T5's layers pass hidden states only. Masks for the loss, the pooled encoder prompt for the decoder's
-gates and the place where gates and losses are collected travel in a `RoutingState` that the wrapped
-model sets on a shared `Routing` for the duration of a call. Gradient checkpointing runs layers
-again during backward: `RoutedCheckpoint` gives each layer the state of its own forward pass back.
+T5's layers pass hidden states only. Task ids, masks for the loss, the pooled encoder prompt for the
+decoder's gates and the place where gates and losses are collected travel in a `RoutingState` that
+the wrapped model sets on a shared `Routing` for the duration of a call. Gradient checkpointing runs
+layers again during backward: `RoutedCheckpoint` gives each layer the state of its own forward pass.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from pemt_fast.nn.gates import pool_prompt
+
+REENTRANT = (
+    "gradient checkpointing with use_reentrant=True loses the gradient of the Task Sparsity Loss "
+    'and of the decoder gates; use gradient_checkpointing_kwargs={"use_reentrant": False}'
+)
 
 
 @dataclass
@@ -26,6 +33,9 @@ class RoutingState:
         wants_loss: Whether the layers compute the Task Sparsity Loss.
         encoder_mask: `[B, P + S]`, tokens that count in the encoder's loss; None for all.
         decoder_mask: `[B, S]`, the same for the decoder.
+        task_ids: `[B]`, the task of each sequence; None where the model has only one.
+        num_tasks: How many there are.
+        prompt_mask: `[B, P]`, prompt positions that count; None for all.
         generating: Whether this is a `generate` call: the decoder's gates are computed once.
         gate_threshold: Gate weights below it are dropped, outside of training.
         recording: Whether layers store gates and losses here. Off during recomputation.
@@ -39,6 +49,9 @@ class RoutingState:
     wants_loss: bool = False
     encoder_mask: Tensor | None = None
     decoder_mask: Tensor | None = None
+    task_ids: Tensor | None = None
+    num_tasks: int = 1
+    prompt_mask: Tensor | None = None
     generating: bool = False
     gate_threshold: float = 0.0
     recording: bool = True
@@ -52,8 +65,27 @@ class RoutingState:
         """Pool the prompt positions of the encoder output, once per output."""
         if self.encoder_states is not states:
             self.encoder_states = states
-            self.encoder_query = pool_prompt(states, prompt_length)
+            mask = per_row(self.prompt_mask, states.shape[0])
+            self.encoder_query = pool_prompt(states, prompt_length, mask)
             self.decoder_gates = {}
+
+    def task_rows(self, rows: int) -> Tensor | None:
+        """The task of each of `rows` rows of hidden states; None where there is only one task."""
+        return per_row(self.task_ids, rows)
+
+    def task_gate(self, rows: int) -> Tensor:
+        """`[rows, num_tasks]`, float32: 1 for the row's task, 0 for the others."""
+        task_ids = self.task_rows(rows)
+        assert task_ids is not None  # the wrapped model asks for them
+        tasks = torch.arange(self.num_tasks, device=task_ids.device)
+        return (task_ids.unsqueeze(1) == tasks).float()
+
+
+def per_row(tensor: Tensor | None, rows: int) -> Tensor | None:
+    """`[B, …]` as `[rows, …]`: beams make several neighbouring rows of each sequence."""
+    if tensor is None or tensor.shape[0] == rows:
+        return tensor
+    return tensor.repeat_interleave(rows // tensor.shape[0], 0)
 
 
 class Routing:
@@ -62,6 +94,19 @@ class Routing:
     def __init__(self) -> None:
         self.state: RoutingState | None = None
         self.enabled = True
+
+    def current(self) -> RoutingState:
+        """The state of the call that is running.
+
+        Raises:
+            RuntimeError: the T5 was called without the model around it.
+        """
+        if self.state is None:
+            raise RuntimeError(
+                "this T5 carries pemt_fast adapters: call the model that get_model returned, "
+                "not the T5 inside it, or unload() it first"
+            )
+        return self.state
 
     @contextlib.contextmanager
     def use(self, state: RoutingState | None) -> Iterator[None]:
@@ -89,3 +134,26 @@ class RoutedCheckpoint:
                 return function(*inner)
 
         return self.checkpoint(run, *args)
+
+
+def route_checkpoints(blocks: Iterable[Any], routing: Routing) -> None:
+    """Let the recomputed ones of T5's `blocks` see the routing state of their own forward pass.
+
+    Raises:
+        ValueError: they are checkpointed in the re-entrant form.
+    """
+    for block in blocks:
+        function = getattr(block, "_gradient_checkpointing_func", None)
+        if function is None or isinstance(function, RoutedCheckpoint):
+            continue
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(REENTRANT)
+        block._gradient_checkpointing_func = RoutedCheckpoint(function, routing)
+
+
+def unroute_checkpoints(blocks: Iterable[Any]) -> None:
+    """Undo `route_checkpoints`."""
+    for block in blocks:
+        function = getattr(block, "_gradient_checkpointing_func", None)
+        if isinstance(function, RoutedCheckpoint):
+            block._gradient_checkpointing_func = function.checkpoint

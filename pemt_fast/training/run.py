@@ -14,10 +14,10 @@ from pathlib import Path
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from pemt_fast.attach import load
 from pemt_fast.checkpoint import replace_file
 from pemt_fast.data import Splits, get_task, load_splits, tokenize
 from pemt_fast.methods.pemt_config import PemtConfig
-from pemt_fast.model import load
 from pemt_fast.t5 import T5Model, max_positions
 from pemt_fast.training.fit import encode, environment, generation_length, predict, write_json
 from pemt_fast.training.metrics import compute

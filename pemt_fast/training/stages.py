@@ -16,9 +16,9 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from pemt_fast.attach import get_model
 from pemt_fast.data import Splits, Task
 from pemt_fast.methods.pemt_config import PemtConfig
-from pemt_fast.model import get_model
 from pemt_fast.t5 import T5Model
 from pemt_fast.training.fit import (
     encode,

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How adapters get onto a T5: `get_model` from a method's config, `load` from saved files.
+
+What comes out is an `AdapterModel` (`model.py`). The methods are in `methods/`, the files are
+handled by `checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pemt_fast import checkpoint
+from pemt_fast.model import AdapterModel
+from pemt_fast.t5 import T5Model, check_t5
+
+
+class MethodConfig(Protocol):
+    """What a method's config offers: it attaches itself and survives a trip through JSON."""
+
+    def attach(
+        self, model: T5Model, tokenizer: PreTrainedTokenizerBase | None, *, reads_sources: bool
+    ) -> AdapterModel:
+        """Attach the method to `model`, reading what the config names if `reads_sources`."""
+        ...
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready values, `method` among them."""
+        ...
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that `task_ids` number."""
+        ...
+
+
+def get_model(
+    model: T5Model, config: MethodConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> AdapterModel:
+    """Attach a method to a T5 in place and return the wrapped model.
+
+    Args:
+        model: A `T5ForConditionalGeneration` (v1.0, v1.1, FLAN-T5) or
+            `MT5ForConditionalGeneration`. Its own weights are never
+            changed; `unload()` gives it back untouched.
+        config: For example a `PemtConfig`.
+        tokenizer: Used to start the task prompt from the words of the task's description.
+
+    Raises:
+        TypeError: `model` is not a T5.
+        ValueError: something in the config does not fit the model.
+        RuntimeError: the model carries adapters already.
+    """
+    _check_free(model)
+    return config.attach(model, tokenizer, reads_sources=True)
+
+
+def _check_free(model: T5Model) -> None:
+    check_t5(model)
+    if getattr(model, "_pemt_fast_attached", False):
+        raise RuntimeError("model already carries pemt_fast adapters: unload() it first")
+
+
+def load(
+    model: T5Model, directory: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+) -> AdapterModel:
+    """Attach what `save_pretrained` wrote to `directory` to a freshly loaded T5.
+
+    Several directories of targets that share their sources make one model of all of them: in the
+    order given, `task_ids` chooses the target of each sequence.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or does not fit the model or the other directories; the
+            message names it.
+    """
+    if isinstance(directory, str | os.PathLike):
+        config, weights = checkpoint.read(directory)
+    else:
+        config, weights = _read_several([os.fspath(d) for d in directory])
+    _check_free(model)
+    adapted = config.attach(model, None, reads_sources=False)
+    try:
+        checkpoint.assign(adapted, weights, directory)
+    except ValueError:
+        adapted.unload()
+        raise
+    return adapted
+
+
+def _read_several(directories: list[str]) -> tuple[MethodConfig, dict[str, Tensor]]:
+    if not directories:
+        raise ValueError("directory must name at least one directory, got an empty list")
+    configs, weights = zip(*(checkpoint.read(d) for d in directories), strict=True)
+    if len(directories) == 1:
+        return configs[0], weights[0]
+    methods = sorted({type(config).__name__ for config in configs})
+    join = getattr(configs[0], "join", None)
+    if len(methods) > 1 or join is None:
+        raise ValueError(
+            f"directory: only targets of one method that can share a model load together, got "
+            f"{', '.join(methods)} in {', '.join(directories)}"
+        )
+    return join(directories, configs, weights)
