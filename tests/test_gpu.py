@@ -104,3 +104,28 @@ def test_model_compiles(impl, backend):
     model, inputs = tiny_model(impl=impl), batch()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["t", ["a", "b"]], ids=["one-target", "two-targets"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generates_the_same_with_a_captured_decoding_step(impl, targets, beams):
+    """A static cache makes transformers compile the step into CUDA graphs."""
+    model = tiny_model(target=targets)
+    inputs = batch()
+    call = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    call |= {"max_new_tokens": 8, "suppress_tokens": [0, 1], "num_beams": beams}
+    for rows in ([0, 1, 0], [1, 1, 0]):
+        tasks = {} if targets == "t" else {"task_ids": rows}
+        expected = model.generate(**call, **tasks)
+        found = model.generate(**call, **tasks, cache_implementation="static")
+        assert torch.equal(found, expected)
+
+
+def test_targets_of_a_mixed_batch(impl):
+    model = tiny_model(target=["a", "b"])
+    inputs = batch()
+    with torch.no_grad():
+        mixed = model(**inputs, task_ids=torch.tensor([1, 0, 1], device=DEVICE)).logits
+        for k, rows in ((0, [1]), (1, [0, 2])):
+            alone = model(**inputs, task_ids=[k] * 3).logits
+            torch.testing.assert_close(mixed[rows], alone[rows], rtol=1e-4, atol=1e-5)
