@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from t5_factory import pemt_config, randomise, tiny_t5
 
 import pemt_fast
+from pemt_fast.nn.gates import pool_in_passing, pool_prompt
 from pemt_fast.nn.routing import RoutingState
 
 B, S, P = 3, 9, 5
@@ -141,6 +142,10 @@ def test_what_a_layer_keeps_for_backward():
     kept = elements_kept(ours, own)
     least = tokens * (2 * width + 2 * units + bottleneck)
     assert least <= kept <= least + 8 * 4 * width + 4 * 8 * experts + tokens
+    tail.recompute = True
+    kept_less = elements_kept(ours, own)
+    least = tokens * (width + units)
+    assert least <= kept_less <= least + 8 * 4 * width + 4 * 8 * experts + tokens
     query = h[:, :P].mean(1)
     published = elements_kept(lambda: published_tail(tail, h, None, query, False), own)
     assert published > tokens * 3 * experts * width > 5 * kept
@@ -154,3 +159,26 @@ def wide_t5(d_model, d_ff):
         num_heads=2, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gate_costs_no_pass_over_all_positions(dtype, masked):
+    x = torch.randn(3, 9, 8).to(dtype).requires_grad_()
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]]).bool() if masked else None
+    weight, d_out = torch.randn(5, 8).to(dtype), torch.randn(3, 9, 5).to(dtype)
+    passed, pooled = pool_in_passing(x, 4, mask)
+    out = torch.nn.functional.linear(passed, weight)
+    given = []
+    passed.register_hook(lambda grad: given.append(grad.data_ptr()))
+    d_pooled = torch.randn_like(pooled)
+    (found,) = torch.autograd.grad([out, pooled], [x], [d_out, d_pooled])
+    expected_pooled = pool_prompt(x, 4, mask)
+    torch.testing.assert_close(pooled, expected_pooled, rtol=0, atol=0)
+    out = torch.nn.functional.linear(x, weight)
+    (expected,) = torch.autograd.grad([out, expected_pooled], [x], [d_out, d_pooled])
+    torch.testing.assert_close(found, expected)
+    if masked:
+        torch.testing.assert_close(expected_pooled[2], x[2, 3].to(expected_pooled.dtype))
+    # Not copied: the gradient of the matmul is the one that comes out.
+    assert given == [found.data_ptr()]

@@ -42,6 +42,8 @@ VARIANTS = {
     "lora-unequal-ranks": {"source_ranks": (2, 5, 3)},
     "bottleneck": {"source_kind": "bottleneck"},
     "bottleneck-all-tokens": {"source_kind": "bottleneck", "loss_tokens": "all"},
+    "lora-recompute": {"recompute": True},
+    "bottleneck-recompute": {"source_kind": "bottleneck", "recompute": True},
 }
 
 # The variant, options of `DistributedDataParallel`, and whether activations are checkpointed.

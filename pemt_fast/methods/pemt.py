@@ -149,6 +149,7 @@ def _mixture_tail(model: T5Model, plan: Plan, name: str, routing: Routing) -> Mi
         prompt_length=max(plan.prompt_lengths),
         routing=routing,
         adds_residual=bottleneck,
+        recompute=plan.config.recompute,
     )
 
 

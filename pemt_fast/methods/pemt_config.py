@@ -61,6 +61,8 @@ class PemtConfig:
             others weighted up to a sum of 1; 0 drops none. An expert that no sequence uses costs
             nothing. Can be changed later: `model.gate_threshold`.
         adapter_dtype: Dtype of what is attached; None: the model's.
+        recompute: Keep half of what a layer keeps for backward and compute the target adapter and
+            the loss twice. For T5's own layers there is gradient checkpointing besides.
         impl: Implementation of the operator, see `adapter_mixture`.
     """
 
@@ -83,6 +85,7 @@ class PemtConfig:
     train_layer_norms: bool | None = None
     gate_threshold: float = 0.0
     adapter_dtype: str | None = None
+    recompute: bool = False
     impl: str = "auto"
 
     def __post_init__(self) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pemt_fast.methods.pemt_config import PemtConfig
 
-# What each target has of its own; all other fields must agree.
-_OWN_FIELDS = {"target", "description", "prompt_length"}
+# What each target has of its own, and what is no matter of the weights; all others must agree.
+_OWN_FIELDS = {"target", "description", "prompt_length", "recompute", "impl"}
 
 
 def _transposed(tensors: list[Tensor]) -> Tensor:

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pemt_fast.nn.bottleneck import BottleneckAdapter
-from pemt_fast.nn.gates import PooledGate, drop_below, pool_prompt
+from pemt_fast.nn.gates import PooledGate, drop_below, pool_in_passing
 from pemt_fast.nn.mixture import AdapterMixture
 from pemt_fast.nn.routing import Routing, RoutingState
 from pemt_fast.nn.targets import TargetGates
@@ -131,6 +132,8 @@ class MixtureTail(_Tail):
         prompt_length: Positions the encoder's gate pools over.
         routing: Shared with the wrapped model.
         adds_residual: Whether every expert adds the layer's input (bottleneck experts).
+        recompute: Compute target adapter and loss again in backward instead of keeping what they
+            need: half of what the tail keeps.
     """
 
     def __init__(
@@ -144,8 +147,10 @@ class MixtureTail(_Tail):
         prompt_length: int,
         routing: Routing,
         adds_residual: bool,
+        recompute: bool = False,
     ) -> None:
         super().__init__(base, routing, adds_residual)
+        self.recompute = recompute
         self.mixture = mixture
         self.gate = gate
         self.target_adapter = target_adapter
@@ -153,22 +158,25 @@ class MixtureTail(_Tail):
         self.is_decoder = name.startswith("decoder")
         self.prompt_length = prompt_length
 
-    def _gate_weights(self, hidden_states: Tensor, state: RoutingState) -> Tensor:
+    def _gate_weights(self, hidden_states: Tensor, state: RoutingState) -> tuple[Tensor, Tensor]:
+        """The hidden states for the matmuls, and the gate `[B, E]`."""
         rows = hidden_states.shape[0]
         if self.gate is None:
-            return torch.ones(rows, 1, device=hidden_states.device)
+            return hidden_states, torch.ones(rows, 1, device=hidden_states.device)
         if not self.is_decoder:
-            query = pool_prompt(hidden_states, self.prompt_length, state.prompt_mask)
-            return self._drop_below(self.gate(query, state.task_ids), state)
+            hidden_states, query = pool_in_passing(
+                hidden_states, self.prompt_length, state.prompt_mask
+            )
+            return hidden_states, self._drop_below(self.gate(query, state.task_ids), state)
         if self.name in state.decoder_gates:
-            return state.decoder_gates[self.name]
+            return hidden_states, state.decoder_gates[self.name]
         if state.encoder_query is None:
             raise RuntimeError("the decoder ran without encoder_hidden_states: its gates need them")
         gate = self.gate(state.encoder_query, state.task_rows(rows))
         gate = self._drop_below(gate, state)
         if state.generating:
             state.decoder_gates[self.name] = gate
-        return gate
+        return hidden_states, gate
 
     def _drop_below(self, gate: Tensor, state: RoutingState) -> Tensor:
         if self.training or state.gate_threshold == 0:
@@ -191,34 +199,47 @@ class MixtureTail(_Tail):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states [B, S, d_ff]` to `[B, S, d_model]`."""
         residual = self._take_residual()
-        out = self.base(hidden_states)
         if not self.routing.enabled:
-            return out
+            return self.base(hidden_states)
         state = self.routing.current()
-        gate = self._gate_weights(hidden_states, state)
-        # A single source leaves nothing to select: the published code has no loss there either.
-        wants_loss = state.wants_loss and self.gate is not None
-        if self._is_merged_now():
-            y = out
-        elif wants_loss:
-            y, hidden = self.mixture.forward_with_hidden(hidden_states, gate, out)
-        else:
-            y = self.mixture(hidden_states, gate, out)
-        if residual is not None:
-            y = y + residual
-        z = self._adapt_to_target(y, state)
+        hidden_states, gate = self._gate_weights(hidden_states, state)
         if state.recording:
             state.gates[self.name] = gate
-        if wants_loss:
+        out = self.base(hidden_states)
+        # A single source leaves nothing to select: the published code has no loss there either.
+        if state.wants_loss and self.gate is not None:
+            y, hidden = self.mixture.forward_with_hidden(hidden_states, gate, out)
+            y = y if residual is None else y + residual
+            z, loss = self._finish(y, gate, hidden, residual, state)
+            if state.recording:
+                state.losses[self.name] = loss
+            return z
+        y = out if self._is_merged_now() else self.mixture(hidden_states, gate, out)
+        return self._adapt_to_target(y if residual is None else y + residual, state)
+
+    def _finish(
+        self,
+        y: Tensor,
+        gate: Tensor,
+        hidden: Tensor,
+        residual: Tensor | None,
+        state: RoutingState,
+    ) -> tuple[Tensor, Tensor]:
+        """The target adapter and the loss, from the output of the mixture and its hidden units."""
+
+        def run(y: Tensor, gate: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            z = self._adapt_to_target(y, state)
             loss = task_sparsity_loss(
                 z, gate, hidden, self.mixture.w_up, self.mixture.b_up,
                 residual=residual,
                 mask=state.decoder_mask if self.is_decoder else state.encoder_mask,
                 ranks=self.mixture.ranks,
             )  # fmt: skip
-            if state.recording:
-                state.losses[self.name] = loss
-        return z
+            return z, loss
+
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(run, y, gate, hidden, use_reentrant=False, preserve_rng_state=False)
+        return run(y, gate, hidden)
 
     def _adapt_to_target(self, y: Tensor, state: RoutingState) -> Tensor:
         adapter = self.target_adapter

@@ -7,8 +7,45 @@ shared by all its tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+
+class PoolPromptFunction(torch.autograd.Function):
+    """The states as they are and their pooled prompt; backward costs the prompt positions only.
+
+    Its gradient is written into the gradient of the passed states. That one must be fresh and
+    without another owner: the states that come out may only go into matmuls.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, states: Tensor, prompt_length: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.prompt_length = prompt_length
+        ctx.save_for_backward(mask)
+        return states, pool_prompt(states, prompt_length, mask)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # noqa: D102
+        ctx: Any, d_states: Tensor, d_pooled: Tensor
+    ) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        share = 1 / ctx.prompt_length if mask is None else _share(mask, d_pooled.dtype)
+        d_states[:, : ctx.prompt_length].add_(d_pooled.unsqueeze(1) * share)
+        return d_states, None, None
+
+
+def pool_in_passing(
+    states: Tensor, prompt_length: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`states [B, S, D]` for the matmuls that follow, and `pool_prompt` of them."""
+    if torch.compiler.is_compiling():  # which joins the passes of backward by itself
+        return states, pool_prompt(states, prompt_length, mask)
+    return PoolPromptFunction.apply(states, prompt_length, mask)
 
 
 def pool_prompt(states: Tensor, prompt_length: int, mask: Tensor | None = None) -> Tensor:
@@ -20,8 +57,12 @@ def pool_prompt(states: Tensor, prompt_length: int, mask: Tensor | None = None) 
     states = states[:, :prompt_length]
     if mask is None:
         return states.mean(1, dtype=dtype)
-    share = mask.to(dtype) / mask.sum(1, keepdim=True)
-    return (states.to(dtype) * share.unsqueeze(-1)).sum(1)
+    return (states.to(dtype) * _share(mask, dtype)).sum(1)
+
+
+def _share(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each prompt position counts for, `[B, P, 1]`."""
+    return (mask.to(dtype) / mask.sum(1, keepdim=True)).unsqueeze(-1)
 
 
 def drop_below(gate: Tensor, threshold: float) -> Tensor:
