@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The operators of `pemt_fast._C`, as C++ functions. What they compute: pemt_fast/ops/
-// adapter_mixture.py. Letters as there. `adapter_mixture.cpp` registers them and owns what is kept
-// for backward; `adapter_mixture_cpu.cpp` computes.
+// adapter_mixture.py, and with `weight` linear_mixture.py. Letters as there. `adapter_mixture.cpp`
+// registers them and owns what is kept for backward; `adapter_mixture_cpu.cpp` computes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,7 +20,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 std::tuple<at::Tensor, at::Tensor> adapter_mixture_cpu(
     const at::Tensor& x, const at::Tensor& gate, const at::Tensor& w_down, const at::Tensor& w_up,
     const OptionalTensor& b_down, const OptionalTensor& b_up, const OptionalTensor& base,
-    at::IntArrayRef ranks, std::string_view activation, bool recompute, bool with_hidden);
+    at::IntArrayRef ranks, std::string_view activation, bool recompute, bool with_hidden,
+    const OptionalTensor& weight, const OptionalTensor& bias);
 
 // Training. -> out, hidden (empty unless asked for), saved (empty unless `save`)
 std::tuple<at::Tensor, at::Tensor, at::Tensor> adapter_mixture_forward_cpu(
@@ -29,7 +30,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> adapter_mixture_forward_cpu(
     at::IntArrayRef ranks, std::string_view activation, bool recompute, bool with_hidden,
     bool save);
 
-// -> d_x, d_gate, d_w_down, d_w_up, d_b_down, d_b_up; empty where `needs` says no
+// -> d_x, d_gate, d_w_down, d_w_up, d_b_down, d_b_up; empty where `needs` says no. `base [..., D]`
+// is added to d_x.
 using Gradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
@@ -38,13 +40,18 @@ Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
                                        const at::Tensor& w_up, const OptionalTensor& b_down,
                                        const OptionalTensor& b_up, const OptionalTensor& saved,
                                        at::IntArrayRef ranks, std::string_view activation,
-                                       std::array<bool, 6> needs);
+                                       std::array<bool, 6> needs, const OptionalTensor& base);
 
 // The differentiable operator, through the dispatcher. -> out, hidden
 std::tuple<at::Tensor, at::Tensor> adapter_mixture(
     const at::Tensor& x, const at::Tensor& gate, const at::Tensor& w_down, const at::Tensor& w_up,
     const OptionalTensor& b_down, const OptionalTensor& b_up, const OptionalTensor& base,
-    at::IntArrayRef ranks, std::string_view activation, bool recompute, bool with_hidden);
+    at::IntArrayRef ranks, std::string_view activation, bool recompute, bool with_hidden,
+    const OptionalTensor& weight, const OptionalTensor& bias);
+
+// What the mixture is added to: `base`, or x * weight^T + bias.
+OptionalTensor base_of(const at::Tensor& x, const OptionalTensor& base,
+                       const OptionalTensor& weight, const OptionalTensor& bias);
 
 bool keeps_pre_activation(std::string_view activation);
 

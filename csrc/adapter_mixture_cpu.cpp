@@ -63,6 +63,16 @@ Tensor recomputed(const Call& call, const Parameters& p, const Tensor& x,
   return units;
 }
 
+// Rows [T, width] to start the output from; the result must outlive the walk.
+Tensor set_base(cpu::Walk& walk, const Tensor& base, at::ScalarType type, int64_t width) {
+  const bool direct = base.scalar_type() == type || base.scalar_type() == at::kFloat;
+  const Tensor rows = as_rows(direct ? base : base.to(at::kFloat), walk.tokens, width);
+  walk.base = rows.const_data_ptr();
+  walk.base_row = walk.tokens > 1 ? rows.stride(0) : width;
+  walk.base_dtype = cpu_dtype(rows.scalar_type());
+  return rows;
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gate,
                                            const Tensor& w_down, const Tensor& w_up,
                                            const OptionalTensor& b_down, const OptionalTensor& b_up,
@@ -95,14 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gate,
   walk.out = out.mutable_data_ptr();
   walk.width_out = call.h;
   walk.has_up_bias = p.b_up.has_value();
-  Tensor base_rows;
-  if (base) {
-    const bool direct = base->scalar_type() == call.type || base->scalar_type() == at::kFloat;
-    base_rows = as_rows(direct ? *base : base->to(at::kFloat), call.tokens, call.h);
-    walk.base = base_rows.const_data_ptr();
-    walk.base_row = call.tokens > 1 ? base_rows.stride(0) : call.h;
-    walk.base_dtype = cpu_dtype(base_rows.scalar_type());
-  }
+  if (base) kept.tensors.push_back(set_base(walk, *base, call.type, call.h));
   cpu::run(cpu::kernels(), walk, threads());
   return {out, hidden, saved};
 }
@@ -120,7 +123,8 @@ struct UnitGradients {
 UnitGradients walk_back(const Call& call, const Parameters& p, const Tensor& d_out,
                         const OptionalTensor& grad_hidden, const OptionalTensor& x,
                         const OptionalTensor& saved, std::string_view activation,
-                        const std::array<bool, 6>& needs, Tensor& d_x, Tensor& d_gate) {
+                        const std::array<bool, 6>& needs, const OptionalTensor& base, Tensor& d_x,
+                        Tensor& d_gate) {
   const bool keeps_d_z = needs[kWDown] || needs[kBDown];
   const auto units_if = [&](bool needed) {
     return at::empty(needed ? at::DimVector{call.tokens, call.n} : at::DimVector{0},
@@ -156,6 +160,7 @@ UnitGradients walk_back(const Call& call, const Parameters& p, const Tensor& d_o
     walk.second = operand(call, p.w_down, {}, false, p.down_is_frozen, kept);
     walk.out = d_x.mutable_data_ptr();
     walk.width_out = call.d;
+    if (base) kept.tensors.push_back(set_base(walk, *base, call.type, call.d));
   }
   cpu::run(cpu::kernels(), walk, threads());
   return result;
@@ -191,9 +196,11 @@ void weight_gradients(const Call& call, const UnitGradients& units, const Tensor
 std::tuple<Tensor, Tensor> adapter_mixture_cpu(
     const Tensor& x, const Tensor& gate, const Tensor& w_down, const Tensor& w_up,
     const OptionalTensor& b_down, const OptionalTensor& b_up, const OptionalTensor& base,
-    at::IntArrayRef ranks, std::string_view activation, bool /*recompute*/, bool with_hidden) {
-  auto [out, hidden, saved] = forward(x, gate, w_down, w_up, b_down, b_up, base, ranks, activation,
-                                      with_hidden, false, false);
+    at::IntArrayRef ranks, std::string_view activation, bool /*recompute*/, bool with_hidden,
+    const OptionalTensor& weight, const OptionalTensor& bias) {
+  auto [out, hidden, saved] =
+      forward(x, gate, w_down, w_up, b_down, b_up, base_of(x, base, weight, bias), ranks,
+              activation, with_hidden, false, false);
   return {out, hidden};
 }
 
@@ -211,7 +218,8 @@ Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
                                        const Tensor& gate, const Tensor& w_down, const Tensor& w_up,
                                        const OptionalTensor& b_down, const OptionalTensor& b_up,
                                        const OptionalTensor& saved, at::IntArrayRef ranks,
-                                       std::string_view activation, std::array<bool, 6> needs) {
+                                       std::string_view activation, std::array<bool, 6> needs,
+                                       const OptionalTensor& base) {
   const Tensor& first = grad_out ? *grad_out : *grad_hidden;
   Call call(first.scalar_type(), rows_of(first.sizes()), gate, w_down, w_up, ranks);
   Parameters p = parameters(w_down, w_up, b_down, b_up, true);
@@ -225,7 +233,7 @@ Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
   Tensor d_gate = needs[kGate] ? at::zeros({call.groups, call.adapters}, at::kFloat) : none();
   UnitGradients units;
   if (std::any_of(needs.begin(), needs.begin() + kBUp, [](bool need) { return need; })) {
-    units = walk_back(call, p, d_out, grad_hidden, x, saved, activation, needs, d_x, d_gate);
+    units = walk_back(call, p, d_out, grad_hidden, x, saved, activation, needs, base, d_x, d_gate);
   }
   if (needs[kGate]) {
     if (quarantined) {

@@ -16,6 +16,8 @@
 namespace pemt_fast {
 namespace {
 
+constexpr Py_ssize_t kFewest = 11;  // arguments of the door
+
 constexpr const char* kActivations[] = {"identity", "relu", "gelu", "gelu_tanh", "silu"};
 
 // A tensor argument: null if it is something else, a subclass included, which Python must handle.
@@ -36,7 +38,7 @@ bool has_shape(const at::Tensor& t, std::initializer_list<int64_t> sizes) {
 
 struct Arguments {
   const at::Tensor *x, *gate, *w_down, *w_up;
-  OptionalTensor b_down, b_up, base;
+  OptionalTensor b_down, b_up, base, weight, bias;
   std::string_view activation;
   std::vector<int64_t> ranks;
 };
@@ -72,18 +74,23 @@ bool read_ranks(PyObject* object, const at::Tensor& w_down, std::vector<int64_t>
 
 // The rules of ops/validation.py, without the messages: false where one is broken, or where the
 // call is not for these kernels.
-bool read(PyObject* const* args, Arguments& a) {
+bool read(PyObject* const* args, Py_ssize_t count, Arguments& a) {
   const bool tensors = (a.x = tensor_of(args[0])) && (a.gate = tensor_of(args[1])) &&
                        (a.w_down = tensor_of(args[2])) && (a.w_up = tensor_of(args[3]));
   if (!tensors || !read_optional(args[4], a.b_down) || !read_optional(args[5], a.b_up) ||
       !read_optional(args[6], a.base)) {
     return false;
   }
+  const bool has_linear = count > kFewest;
+  if (has_linear && !(read_optional(args[11], a.weight) && read_optional(args[12], a.bias))) {
+    return false;
+  }
   const at::Tensor &x = *a.x, &gate = *a.gate, &w_down = *a.w_down, &w_up = *a.w_up;
   const auto supported = [](const OptionalTensor& t) { return !t || is_supported(*t, true); };
   if (!is_supported(x, false) || !is_supported(gate, true) || !is_supported(w_down, true) ||
       !is_supported(w_up, true) || !supported(a.b_down) || !supported(a.b_up) ||
-      !supported(a.base) || x.dim() < 1 || !read_ranks(args[10], w_down, a.ranks)) {
+      !supported(a.base) || !supported(a.weight) || !supported(a.bias) || x.dim() < 1 ||
+      !read_ranks(args[10], w_down, a.ranks)) {
     return false;
   }
   if (w_up.dim() != w_down.dim() || x.size(-1) != w_down.size(-1)) return false;
@@ -105,6 +112,8 @@ bool read(PyObject* const* args, Arguments& a) {
       if (a.base->size(i) != x.size(i)) return false;
     }
   }
+  if (has_linear && (!a.weight || a.base || !has_shape(*a.weight, {h, x.size(-1)}))) return false;
+  if (a.bias && !has_shape(*a.bias, {h})) return false;
   Py_ssize_t length = 0;
   const char* text = PyUnicode_Check(args[7]) ? PyUnicode_AsUTF8AndSize(args[7], &length) : nullptr;
   if (text == nullptr) {
@@ -118,12 +127,13 @@ bool read(PyObject* const* args, Arguments& a) {
 
 // adapter_mixture(x, gate, w_down, w_up, b_down, b_up, base, activation, recompute, with_hidden,
 // ranks) -> out, or (out, hidden) with `with_hidden`; None if the arguments are not for here, for a
-// reason that Python finds out and says.
+// reason that Python finds out and says. `weight` and `bias` may follow, for linear_mixture.
 PyObject* door(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 11, "_C.adapter_mixture takes 11 arguments, got ", count);
+  TORCH_CHECK(count == kFewest || count == kFewest + 2,
+              "_C.adapter_mixture takes 11 or 13 arguments, got ", count);
   Arguments a{};
-  if (!read(args, a)) Py_RETURN_NONE;
+  if (!read(args, count, a)) Py_RETURN_NONE;
   const bool recompute = args[8] == Py_True, with_hidden = args[9] == Py_True;
   std::tuple<at::Tensor, at::Tensor> result;
   {
@@ -132,7 +142,7 @@ PyObject* door(PyObject*, PyObject* const* args, Py_ssize_t count) {
                              ? a.x->to(at::autocast::get_autocast_dtype(at::kCPU))
                              : *a.x;
     result = adapter_mixture(x, *a.gate, *a.w_down, *a.w_up, a.b_down, a.b_up, a.base, a.ranks,
-                             a.activation, recompute, with_hidden);
+                             a.activation, recompute, with_hidden, a.weight, a.bias);
   }
   PyObject* out = THPVariable_Wrap(std::move(std::get<0>(result)));
   if (!with_hidden || out == nullptr) return out;

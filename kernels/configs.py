@@ -64,6 +64,19 @@ class Row:
     choice: Fused | Pair | Tile | None
 
 
+@dataclasses.dataclass(frozen=True)
+class LossRows:
+    """`sparsity_loss_kernel`: tokens of a program, units and columns of z it takes at a time.
+
+    Few neighbouring sizes compile without spills for every GPU, though none lacks registers.
+    """
+
+    tokens: int = 8
+    units: int = 64
+    columns: int = 128
+    warps: int = 4
+
+
 _SQUARE = Tile(128, 128, warps=8)
 _NARROW = Tile(64, 128)
 _FLAT = Tile(16, 64)
@@ -275,6 +288,11 @@ def choose_weight_gradient(kind: str, element: int, N: int, T: int) -> Tile | No
     tile = _first(SUMS[kind, element], N, T)
     assert tile is None or isinstance(tile, Tile)
     return tile
+
+
+def choose_loss_rows(rank: int) -> LossRows:
+    """Blocks of units no wider than the largest adapter."""
+    return LossRows(units=min(LossRows.units, 1 << max(rank - 1, 0).bit_length()))
 
 
 def splits_of(tile: Tile, tiles: int, T: int, processors: int) -> tuple[int, int]:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare the kernels with the float64 reference on the machine at hand (`pemt-fast doctor`).
 
-The output and every gradient of a few calls, within the error budget of the tests
-(`testing.assert_within_budget`), per implementation and dtype. What the Triton kernels pass on a
-GPU is remembered (`ops/verified.py`), and `impl="auto"` takes them there from then on.
+The output and every gradient of a few calls of the mixture and of the Task Sparsity Loss, within
+the error budget of the tests (`testing.assert_within_budget`), per implementation and dtype. What
+the Triton kernels pass on a GPU is remembered (`ops/verified.py`), and `impl="auto"` takes them
+there from then on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pemt_fast.ops import adapter_mixture, triton_door, verified
+from pemt_fast.ops import adapter_mixture, task_sparsity_loss, triton_door, verified
 from pemt_fast.ops.dispatch import unavailable_reasons
 from pemt_fast.testing import (
     MixtureInputs,
@@ -39,6 +40,13 @@ _CASES: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
     ((2, 2500), {"E": 2, "R": 64, "D": 512, "H": 768, "gate": "[B, S, E]", "activation": "relu"}),
 )
 _MOST_TOKENS_INTERPRETED = 200
+
+# The loss: unequal ranks with every tensor there is; PEMT's shape. Leading sizes, ranks, width.
+_LOSS_CASES = (
+    ((2, 31), (5, 24, 32), 75, True),
+    ((4, 128), (64,) * 6, 768, False),
+)
+_LOSS_DRAWS = 8  # of each case: by luck one loss of the torch form can be exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +88,9 @@ def examine(impl: str, device: torch.device, dtype: torch.dtype) -> Finding:
                 worst = max(worst, share_of_budget(*compared))
                 assert_within_budget(name, *compared)
             _check_forward_only(make(0), impl)
+        for name, compared in _losses(impl, device, dtype):
+            worst = max(worst, share_of_budget(*compared))
+            assert_within_budget(name, *compared)
     except Exception as error:  # whatever a compiler or a driver raises is a finding
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     seconds = time.perf_counter() - begin
@@ -99,6 +110,73 @@ def _check_forward_only(inputs: MixtureInputs, impl: str) -> None:
         exact_out = exact.call(adapter_mixture, impl="reference")
     for _ in range(2):
         assert_within_budget("out", run(impl=impl), exact_out, run(impl="torch"))
+
+
+def _losses(
+    impl: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    """The loss and its gradients: of `impl`, in float64, of the torch form in this dtype."""
+    interpreted = impl == "triton" and device.type == "cpu"
+    for lead, ranks, width, everything in _LOSS_CASES:
+        if interpreted and torch.Size(lead).numel() > _MOST_TOKENS_INTERPRETED:
+            continue
+        results: dict[str, list[tuple[Tensor, ...]]] = {}
+        for seed in range(_LOSS_DRAWS):
+            tensors = _loss_inputs(lead, ranks, width, everything, seed, device, dtype)
+            exact = {
+                name: t.double() if t.is_floating_point() else t for name, t in tensors.items()
+            }
+            found = (
+                _loss_and_gradients(tensors, ranks, impl),
+                _loss_and_gradients(exact, ranks, "torch"),
+                _loss_and_gradients(tensors, ranks, "torch"),
+            )
+            for name in found[0]:
+                results.setdefault(name, []).append(tuple(of[name] for of in found))
+        for name, draws in results.items():
+            actual, expected, eager = (torch.stack(of) for of in zip(*draws, strict=True))
+            yield name, (actual, expected, eager)
+
+
+def _loss_inputs(
+    lead: tuple[int, int],
+    ranks: tuple[int, ...],
+    width: int,
+    everything: bool,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    units, adapters = sum(ranks), len(ranks)
+    shapes = {
+        "z": (*lead, width), "gate": (lead[0], adapters), "hidden": (*lead, units),
+        "w_up": (units, width),
+    }  # fmt: skip
+    if everything:
+        shapes |= {"b_up": (adapters, width), "residual": (*lead, width)}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.randn(*shape, generator=generator).to(device, dtype)
+        for name, shape in shapes.items()
+    }
+    tensors["gate"] = tensors["gate"].softmax(-1)
+    if everything:
+        tensors["mask"] = (torch.arange(torch.Size(lead).numel()) % 3 > 0).view(lead).to(device)
+    return tensors
+
+
+def _loss_and_gradients(
+    tensors: dict[str, Tensor], ranks: tuple[int, ...], impl: str
+) -> dict[str, Tensor]:
+    leaves = {
+        name: tensor.detach().requires_grad_(tensor.is_floating_point())
+        for name, tensor in tensors.items()
+    }
+    value = task_sparsity_loss(**leaves, ranks=ranks, impl=impl)  # type: ignore[arg-type]
+    trained = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    grads = torch.autograd.grad(value, [leaves[name] for name in trained])
+    named = {f"d_{name}": grad for name, grad in zip(trained, grads, strict=True)}
+    return {"loss": value.detach(), **named}
 
 
 def default_devices() -> list[torch.device]:

@@ -63,11 +63,18 @@ def test_auto_takes_what_passed(gpu, monkeypatch, caplog):
     assert dispatch.auto_impl(CPU, torch.float32) == "triton"
 
 
-@pytest.mark.parametrize("what", ["forward", "backward", "door"])
+@pytest.mark.parametrize("what", ["forward", "backward", "door", "loss"])
 def test_wrong_kernels_are_found(gpu, monkeypatch, what):
     from pemt_fast.ops import triton_backend
 
-    if what == "door":
+    if what == "loss":
+        from pemt_fast.kernels import sparsity_loss
+
+        rows = sparsity_loss.sparsity_loss_rows
+        monkeypatch.setattr(
+            sparsity_loss, "sparsity_loss_rows", lambda *a: (rows(*a)[0] * 1.01, rows(*a)[1])
+        )
+    elif what == "door":
         make = triton_backend.forward_call
 
         def wrong(*args):

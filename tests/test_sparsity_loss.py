@@ -1,7 +1,11 @@
-"""`task_sparsity_loss` against the published form, which builds every adapter's output."""
+"""`task_sparsity_loss` against the published form, which builds every adapter's output.
+
+What only a kernel can get wrong is in `test_sparsity_rows.py`.
+"""
 
 import pytest
 import torch
+from implementations import CPU, IMPLS
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pemt_fast.ops import task_sparsity_loss
@@ -41,8 +45,8 @@ def arguments(ranks=(3, 3, 3, 3), *, b_up=False, residual=False, mask=False, dty
     }
 
 
-def run(function, keywords):
-    loss = function(**keywords)
+def run(function, keywords, **options):
+    loss = function(**keywords, **options)
     leaves = {
         name: tensor
         for name, tensor in keywords.items()
@@ -64,7 +68,8 @@ def test_equals_the_published_form(b_up, residual, mask, ranks):
 
 @pytest.mark.parametrize("ranks", [(3, 3, 3, 3), (1, 4, 2, 5)], ids=["equal", "unequal"])
 @pytest.mark.parametrize("extras", [False, True], ids=["bare", "bias-residual-mask"])
-def test_float32(extras, ranks):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float32(impl, extras, ranks):
     keywords = arguments(ranks, b_up=extras, residual=extras, mask=extras, dtype=torch.float32)
     double = {
         name: value.detach().double().requires_grad_()
@@ -72,7 +77,7 @@ def test_float32(extras, ranks):
         else value
         for name, value in keywords.items()
     }
-    actual, expected = run(task_sparsity_loss, keywords), run(published, double)
+    actual, expected = run(task_sparsity_loss, keywords, impl=impl), run(published, double)
     assert actual["loss"].dtype == torch.float32
     for name, value in expected.items():
         torch.testing.assert_close(actual[name].double(), value, rtol=1e-5, atol=1e-6)
@@ -80,9 +85,10 @@ def test_float32(extras, ranks):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_low_precision_returns_float32(dtype):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_low_precision_returns_float32(impl, dtype):
     keywords = arguments(b_up=True, residual=True, dtype=dtype)
-    loss = task_sparsity_loss(**keywords)
+    loss = task_sparsity_loss(**keywords, impl=impl)
     assert loss.dtype == torch.float32
     # A cosine is a sum of products that were rounded once each.
     expected = published(
@@ -165,7 +171,8 @@ def test_no_adapter_output_is_built(extras, ranks):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_low_precision_gradients_do_not_underflow(dtype):
+@pytest.mark.parametrize("impl", ["torch", CPU])
+def test_low_precision_gradients_do_not_underflow(impl, dtype):
     """With the loss scaled as for float16 training they are as exact as the dtype."""
     tokens, width, ranks = 1024, 32, (4, 4)
     torch.manual_seed(1)
@@ -176,7 +183,7 @@ def test_low_precision_gradients_do_not_underflow(dtype):
     low = {name: value.to(dtype).requires_grad_() for name, value in double.items()}
     double = {name: value.detach().double().requires_grad_() for name, value in low.items()}
     scale = 4096.0
-    (scale * task_sparsity_loss(**low, ranks=ranks)).backward()
+    (scale * task_sparsity_loss(**low, ranks=ranks, impl=impl)).backward()
     (scale * published(**double, ranks=ranks)).backward()
     for name in ("z", "hidden", "gate"):
         exact, found = double[name].grad, low[name].grad.double()
@@ -188,7 +195,7 @@ def test_low_precision_gradients_do_not_underflow(dtype):
 def test_registered_operator():
     keywords = arguments((1, 4, 2, 5), b_up=True, residual=True, mask=True)
     names = ("z", "gate", "hidden", "w_up", "b_up", "residual", "mask", "ranks")
-    call = tuple(keywords[name] for name in names)
+    call = (*(keywords[name] for name in names), "torch")
     torch.library.opcheck(torch.ops.pemt_fast.task_sparsity_loss.default, call)
     needs = (True, True, False, True, False, True)
     detached = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in call)

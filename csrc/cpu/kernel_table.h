@@ -16,6 +16,8 @@ namespace {
 #endif
 #include "pack.h"
 #include "passes.h"
+//
+#include "loss_pass.h"
 
 template <class S, class C>
 void set_passes(Kernels& kernels, Dtype storage, bool bf16_products) {
@@ -40,6 +42,7 @@ void set_storage(Kernels& kernels, Dtype storage) {
   kernels.from_f32[s] = from_f32<S>;
   kernels.output[s][(int)Dtype::f32] = output_pass<S, float>;
   kernels.output[s][s] = output_pass<S, S>;
+  kernels.sparsity_loss[s] = loss_rows<S>;
   set_passes<S, float>(kernels, storage, false);
 }
 

@@ -92,6 +92,43 @@ struct OutputBlock {
 };
 using OutputPass = void (*)(const OutputBlock&);
 
+// The Task Sparsity Loss of the tokens from `begin` on, all but its matrix products:
+//   dot_e = sum over its units of products * hidden
+//   squared_e = sum over its units of folded * hidden
+//   cosine_e = dot_e / (|z| sqrt(squared_e))
+//   for_dot_e = d_cosine_e / (|z| sqrt(squared_e))
+//   for_norm_e = -d_cosine_e cosine_e / squared_e
+//   scaled = hidden * for_dot, by_norm = hidden * for_norm
+//   d_hidden = products * for_dot + folded * for_norm
+//   d_z = -z * (sum over e of d_cosine_e cosine_e) / |z|^2
+// `projected` is added to `folded`, to the sums twice. Pointers are those of the whole arrays, in
+// the storage dtype unless they are typed; what is null is not read or not written.
+struct LossRows {
+  int64_t begin, end;
+  int64_t h, n, adapters;
+  const int64_t* ends;  // [E]: the unit behind each adapter's last one
+  const void* z;        // [T, H]
+  int64_t z_row;
+  const void* hidden;  // [T, N]
+  int64_t hidden_row;
+  const void* products;   // [T, N]
+  const void* folded;     // [T, N]
+  const void* projected;  // [T, N], or one row for all with `projected_row` 0
+  int64_t projected_row;
+  const float* offset_dot;      // [T, E], added to the sums
+  const float* offset_squared;  // [T, E]
+  const bool* mask;             // [T]: tokens that count; the others get zeros
+  const float* d_cosine;        // [E]
+  double* cosines;              // [E], sums over the tokens are added to it
+  float* for_dot;               // [T, E]
+  float* for_norm;              // [T, E]
+  void* scaled;                 // [T, N]
+  void* by_norm;                // [T, N]
+  void* d_hidden;               // [T, N]
+  void* d_z;                    // [T, H]
+};
+using LossPass = void (*)(const LossRows&);
+
 struct Kernels {
   const char* name;
   int64_t panel_bf16;    // columns of a panel of pairs; panels of float32 have kPanel
@@ -110,6 +147,7 @@ struct Kernels {
   UnitPass backward[kDtypes][2][kActivations];
   // [dtype of out][dtype of base]: the same dtype or float32
   OutputPass output[kDtypes][kDtypes];
+  LossPass sparsity_loss[kDtypes];
   // 16 columns from `first` of B = weight^T (weight [n, k]) or B = weight (weight [k, n]), zero
   // beyond n; `panel_row` elements from one k (pair) to the next. Source and panel in the compute
   // dtype.

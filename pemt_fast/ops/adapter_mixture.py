@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from pemt_fast.ops import autograd, native, triton_door
-from pemt_fast.ops.autograd import autocast_dtype, without_autocast
+from pemt_fast.ops.autocast import autocast_dtype, without_autocast
 from pemt_fast.ops.dispatch import CPU_KERNELS_ARE_FAST, resolve_impl
-from pemt_fast.ops.reference import adapter_mixture_reference
-from pemt_fast.ops.validation import check_adapter_mixture
+from pemt_fast.ops.reference import adapter_mixture_reference, linear_reference
+from pemt_fast.ops.validation import check_adapter_mixture, check_linear
 
 
 def adapter_mixture(
@@ -94,7 +94,7 @@ def adapter_mixture(
         out = triton_door.door(x, gate, w_down, w_up, b_down, b_up, base, activation, impl, ranks)
         if out is not None:
             return out
-    out, _ = _call(
+    out, _ = check_and_call(
         x, gate, w_down, w_up, b_down, b_up, activation, base, impl, recompute, ranks, False
     )
     return out
@@ -125,7 +125,7 @@ def adapter_mixture_with_hidden(
         )
         if both is not None:
             return both
-    return _call(
+    return check_and_call(
         x, gate, w_down, w_up, b_down, b_up, activation, base, impl, recompute, ranks, True
     )
 
@@ -140,7 +140,7 @@ def takes_door(impl: str) -> bool:
     return impl == "cpu"
 
 
-def _call(
+def check_and_call(
     x: Tensor,
     gate: Tensor,
     w_down: Tensor,
@@ -153,23 +153,33 @@ def _call(
     recompute: bool,
     ranks: Sequence[int] | None,
     with_hidden: bool,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The long way of a call: the rules, the dtype, the implementation.
+
+    With `weight` it is a call of `linear_mixture` and has no base.
+    """
     rank_list = check_adapter_mixture(x, gate, w_down, w_up, b_down, b_up, base, activation, ranks)
+    if weight is not None:
+        check_linear(x, w_up, weight, bias)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)
     impl = resolve_impl(impl, x.device, x.dtype)
     if impl == "reference":
         with without_autocast(x.device.type):
+            if weight is not None:
+                base = linear_reference(x, weight, bias)
             return adapter_mixture_reference(
                 x, gate, w_down, w_up, b_down, b_up, base, rank_list, activation
             )
     if impl == "cpu":
         return native.adapter_mixture(
             x, gate, w_down, w_up, b_down, b_up, base,
-            rank_list, activation, recompute, with_hidden,
+            rank_list, activation, recompute, with_hidden, weight, bias,
         )  # fmt: skip
     return autograd.adapter_mixture(
         x, gate, w_down, w_up, b_down, b_up, base,
-        rank_list, activation, impl, recompute, with_hidden,
+        rank_list, activation, impl, recompute, with_hidden, weight=weight, bias=bias,
     )  # fmt: skip

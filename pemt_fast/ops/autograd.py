@@ -5,70 +5,47 @@ One opaque, differentiable operator per call for autograd, `torch.compile` and e
 that nobody watches does the same without `torch.ops` (`watchers.py`). This file owns what is kept
 for backward and what is skipped; the arithmetic is in the pair `forward` / `backward` of the
 implementation that `dispatch.py` names (`stacked.py` for `impl="torch"`, `triton_backend.py` for
-`impl="triton"`). The kernels of `csrc/` have an operator of their own, see `native.py`.
+`impl="triton"`). The kernels of `csrc/` have an operator of their own, see `native.py`. With
+`weight` and `bias` it is `linear_mixture`: a linear of `x` in the place of `base`.
 
 Saved for backward: `z` (gelu, silu) or `act(z)` (identity, relu), T·N elements in the dtype of
-`x`; `x` itself only if `w_down` is trained or with `recompute`, which saves no hidden units at all.
+`x`; `x` itself only if `w_down` or `weight` is trained or with `recompute`, which saves no hidden
+units at all.
 Gradients arrive in the dtype of their input and are accumulated in float32 by the matmuls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pemt_fast.ops import fakes
+from pemt_fast.ops.autocast import without_autocast
 from pemt_fast.ops.dispatch import backend
-from pemt_fast.ops.stacked import Weights, keeps_pre_activation
+from pemt_fast.ops.gated_units import gate_dtype, pack
+from pemt_fast.ops.stacked import keeps_pre_activation
 from pemt_fast.ops.watchers import nobody_watches
 
 _INPUTS = (
     "Tensor x, Tensor gate, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, "
     "Tensor? base, int[] ranks, str activation, str impl, bool recompute, bool with_hidden"
 )
+_LINEAR = "Tensor? weight=None, Tensor? bias=None"
 _LIBRARY = torch.library.Library("pemt_fast", "DEF")
-_LIBRARY.define(f"adapter_mixture({_INPUTS}) -> (Tensor out, Tensor hidden)")
-_LIBRARY.define(f"adapter_mixture_forward({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(f"adapter_mixture({_INPUTS}, {_LINEAR}) -> (Tensor out, Tensor hidden)")
+_LIBRARY.define(
+    f"adapter_mixture_forward({_INPUTS}, bool save, {_LINEAR}) -> (Tensor, Tensor, Tensor)"
+)
 _LIBRARY.define(
     "adapter_mixture_backward(Tensor? grad_out, Tensor? grad_hidden, Tensor? x, Tensor gate, "
     "Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, Tensor? saved, int[] ranks, "
-    "str activation, str impl, bool[] needs) "
+    "str activation, str impl, bool[] needs, Tensor? weight=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _OPS = torch.ops.pemt_fast
-
-
-def pack(
-    w_down: Tensor, w_up: Tensor, b_down: Tensor | None, b_up: Tensor | None, dtype: torch.dtype
-) -> Weights:
-    """Stacked or packed parameters as `[N, ·]` views, cast only where the dtype differs."""
-    return Weights(
-        w_down.reshape(-1, w_down.shape[-1]).to(dtype),
-        w_up.reshape(-1, w_up.shape[-1]).to(dtype),
-        None if b_down is None else b_down.reshape(-1).to(dtype),
-        None if b_up is None else b_up.to(dtype),
-    )
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of the autocast region around the call, None outside of one."""
-    # Asking a device type without autocast, such as meta, raises.
-    if not torch.amp.is_autocast_available(device_type):
-        return None
-    if not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """A block whose matmuls are not autocast once more: the caller has cast `x`."""
-    if autocast_dtype(device_type) is None:
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def _forward(
@@ -85,13 +62,15 @@ def _forward(
     recompute: bool,
     with_hidden: bool,
     save: bool = False,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead, h = x.shape[:-1], w_up.shape[-1]
     with without_autocast(x.device.type):
         out, hidden, saved = backend(impl).forward(
             x.reshape(-1, x.shape[-1]),
             gate.reshape(-1, gate.shape[-1]),
-            pack(w_down, w_up, b_down, b_up, x.dtype),
+            pack(w_down, w_up, b_down, b_up, x.dtype, weight, bias),
             None if base is None else base.reshape(-1, h),
             tuple(ranks),
             activation,
@@ -129,6 +108,7 @@ def _backward(
     activation: str,
     impl: str,
     needs: Sequence[bool],
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     lead, dtype, d_out = _gradient_layout(grad_out, grad_hidden, w_up)
     with without_autocast(d_out.device.type):
@@ -137,7 +117,7 @@ def _backward(
             None if grad_hidden is None else grad_hidden.reshape(-1, sum(ranks)).to(dtype),
             None if x is None else x.reshape(-1, x.shape[-1]),
             gate.reshape(-1, gate.shape[-1]),
-            pack(w_down, w_up, b_down, b_up, dtype),
+            pack(w_down, w_up, b_down, b_up, dtype, weight),
             None if saved is None else saved.reshape(-1, sum(ranks)),
             tuple(ranks),
             activation,
@@ -163,22 +143,27 @@ def _gradient_layout(
     return lead, grad_hidden.dtype, grad_hidden.new_zeros(*lead, w_up.shape[-1])
 
 
-def _backward_fake(
-    grad_out: Tensor | None,
-    grad_hidden: Tensor | None,
-    x: Tensor | None,
-    gate: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    b_down: Tensor | None,
-    b_up: Tensor | None,
-    saved: Tensor | None,
-    ranks: Sequence[int],
-    activation: str,
-    impl: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    return fakes.backward(grad_out, grad_hidden, (gate, w_down, w_up, b_down, b_up), needs)
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    return fakes.backward(args[0], args[1], args[3:8], args[12])
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Below autograd no operator may return its input, as `to` does."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _linear_gradients(
+    grad_out: Tensor, x: Tensor | None, dtypes: Sequence[torch.dtype | None]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `weight` and `bias`; a dtype of None for what is not asked for."""
+    d_out = grad_out.reshape(-1, grad_out.shape[-1])
+    d_weight = d_bias = None
+    with without_autocast(d_out.device.type):
+        if dtypes[0] is not None and x is not None:
+            d_weight = _cast(torch.mm(d_out.t(), x.reshape(-1, x.shape[-1])), dtypes[0])
+        if dtypes[1] is not None:
+            d_bias = _cast(d_out.sum(0, dtype=gate_dtype(d_out.dtype)), dtypes[1])
+    return d_weight, d_bias
 
 
 class AdapterMixtureFunction(torch.autograd.Function):
@@ -199,26 +184,35 @@ class AdapterMixtureFunction(torch.autograd.Function):
         impl: str,
         recompute: bool,
         with_hidden: bool,
+        weight: Tensor | None,
+        bias: Tensor | None,
         watched: bool,
     ) -> tuple[Tensor, Tensor]:
         needs = ctx.needs_input_grad[:6]
+        trained = [
+            t.dtype if need and t is not None else None
+            for t, need in zip((weight, bias), ctx.needs_input_grad[12:14], strict=True)
+        ]
         needs_hidden = any(needs[:5])
         # The identity and relu differentiate from act(z), which is the hidden output itself.
         shared = with_hidden and not keeps_pre_activation(activation)
         save = needs_hidden and not recompute and not shared
         with torch._C._AutoDispatchBelowAutograd():
+            if weight is not None:
+                weight = _cast(weight, x.dtype)  # once for both directions
             run = _OPS.adapter_mixture_forward.default if watched else _forward
             out, hidden, saved = run(
                 x, gate, w_down, w_up, b_down, b_up, base,
-                ranks, activation, impl, recompute, with_hidden, save,
+                ranks, activation, impl, recompute, with_hidden, save, weight, bias,
             )  # fmt: skip
         keep = hidden if shared and not recompute else saved if save else None
-        needs_x = needs[2] or (needs_hidden and recompute)
+        needs_x = needs[2] or (needs_hidden and recompute) or trained[0] is not None
         ctx.save_for_backward(
-            x if needs_x else None, gate, w_down, w_up, b_down, b_up, keep if needs_hidden else None
-        )
+            x if needs_x else None, gate, w_down, w_up, b_down, b_up,
+            keep if needs_hidden else None, weight if needs[0] else None,
+        )  # fmt: skip
         ctx.ranks, ctx.activation, ctx.impl, ctx.needs = tuple(ranks), activation, impl, needs
-        ctx.x_dtype = x.dtype
+        ctx.trained = trained
         ctx.base_dtype = None if base is None else base.dtype
         ctx.set_materialize_grads(False)
         if not with_hidden:
@@ -233,48 +227,54 @@ class AdapterMixtureFunction(torch.autograd.Function):
         grad_hidden: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_hidden is None:
-            return (None,) * 13
+            return (None,) * 15
         tensors = ctx.saved_tensors  # once: what recomputes them may be asked only once
-        x, gate, w_down, w_up, b_down, b_up, saved = tensors
-        d_base = None
+        x, gate, w_down, w_up, b_down, b_up, saved, weight = tensors
+        d_base = d_weight = d_bias = None
         if ctx.base_dtype is not None and ctx.needs_input_grad[6] and grad_out is not None:
             d_base = grad_out.to(ctx.base_dtype)
+        if any(ctx.trained) and grad_out is not None:
+            d_weight, d_bias = _linear_gradients(grad_out, x, ctx.trained)
+        others = (d_base, *(None,) * 5, d_weight, d_bias, None)
         if not any(ctx.needs):
-            return (*(None,) * 6, d_base, *(None,) * 6)
+            return (*(None,) * 6, *others)
         watched = not nobody_watches(grad_out, grad_hidden, *tensors)
         with torch._C._AutoDispatchBelowAutograd():
             run = _OPS.adapter_mixture_backward.default if watched else _backward
             grads = run(
                 grad_out, grad_hidden, x, gate, w_down, w_up, b_down, b_up,
-                saved, ctx.ranks, ctx.activation, ctx.impl, ctx.needs,
+                saved, ctx.ranks, ctx.activation, ctx.impl, ctx.needs, weight,
             )  # fmt: skip
         wanted = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-        return (*wanted, d_base, *(None,) * 6)
+        return (*wanted, *others)
 
 
-def adapter_mixture(*args: Any) -> tuple[Tensor, Tensor]:
+def adapter_mixture(
+    *args: Any, weight: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The operator on checked arguments, in the order of its schema: output and hidden units."""
-    if not nobody_watches(*args[:7]):
-        return _OPS.adapter_mixture.default(*args)
-    if _is_differentiated(args):
-        return AdapterMixtureFunction.apply(*args, False)
+    if not nobody_watches(*args[:7], weight, bias):
+        return _OPS.adapter_mixture.default(*args, weight, bias)
+    if _is_differentiated(*args[:7], weight, bias):
+        return AdapterMixtureFunction.apply(*args, weight, bias, False)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward_only(*args)
+        return _forward_only(*args, weight, bias)
 
 
-def _is_differentiated(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7])
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    if _is_differentiated(args):
+    args = (*args, *(None,) * (14 - len(args)))  # the dispatcher leaves defaults out
+    if _is_differentiated(*args[:7], *args[12:]):
         return AdapterMixtureFunction.apply(*args, True)
     with torch._C._AutoDispatchBelowAutograd():
         return _OPS.adapter_mixture.default(*args)
 
 
 def _forward_only(*args: Any) -> tuple[Tensor, Tensor]:
-    out, hidden, _ = _forward(*args)
+    out, hidden, _ = _forward(*(*args[:12], False, *args[12:]))
     return out, hidden
 
 

@@ -76,6 +76,13 @@ def auto_impl(device: torch.device, dtype: torch.dtype | None = None) -> str:
     return "torch" if impl == "triton" and not is_verified(device, dtype) else impl
 
 
+def means_torch(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `impl` stands for `torch` there; says so of what cannot run as well."""
+    if impl == "auto":
+        impl = os.environ.get("PEMT_FAST_IMPL") or "auto"
+    return (auto_impl(device, dtype) if impl == "auto" else impl) == "torch"
+
+
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The implementation to run for `x` of `dtype` on `device`.
 

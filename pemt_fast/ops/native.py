@@ -10,7 +10,7 @@ checks the arguments in C++ and costs a fraction of the way through `torch.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ def _closed(*args: Any) -> None:
     return None
 
 
-# (x, gate, w_down, w_up, b_down, b_up, base, activation, recompute, with_hidden, ranks) -> the
-# output, with `with_hidden` also the hidden units; None if the arguments are not for these kernels
-# or break a rule, which is then for `validation.py` to say.
+# (x, gate, w_down, w_up, b_down, b_up, base, activation, recompute, with_hidden, ranks), then for
+# linear_mixture (weight, bias) -> the output, with `with_hidden` also the hidden units; None if the
+# arguments are not for these kernels or break a rule, which is then for `validation.py` to say.
 door: Callable[..., Any] = _closed if _module is None else _module.adapter_mixture
 
 
@@ -42,21 +42,8 @@ def _forward_saved(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return fakes.forward(args[0], args[3], args[7], with_hidden=args[10], save=args[11])
 
 
-def _backward(
-    grad_out: Tensor | None,
-    grad_hidden: Tensor | None,
-    x: Tensor | None,
-    gate: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    b_down: Tensor | None,
-    b_up: Tensor | None,
-    saved: Tensor | None,
-    ranks: Sequence[int],
-    activation: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    return fakes.backward(grad_out, grad_hidden, (gate, w_down, w_up, b_down, b_up), needs)
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    return fakes.backward(args[0], args[1], args[3:8], args[11])
 
 
 if _module is not None:

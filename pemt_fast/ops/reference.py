@@ -75,6 +75,12 @@ def adapter_mixture_reference(
     )
 
 
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x·weightᵀ + bias` in float64 for float64 inputs, else in float32, not rounded: a base."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
 def _adapter(
     x_TD: Tensor,
     w_down_RD: Tensor,

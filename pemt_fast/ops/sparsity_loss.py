@@ -6,7 +6,8 @@
 with the adapter outputs `m[t,e] = hidden[t,e]·w_up[e] + c[t,e]` and `c = b_up[e] + residual[t]`
 (both optional). `m [T, E, H]` is never built. One opaque operator for autograd and `torch.compile`;
 the loss is a scalar, so its gradients are computed with it (`sparsity_terms.py`) and only scaled in
-backward: of the size of the tokens they are all that is kept.
+backward: of the size of the tokens they are all that is kept. Matmuls are torch's on every device;
+`impl` names what computes in between (`sparsity_rows.py`).
 Source: `imbalance_loss` of the published code (github JachinLin2022/PEMT, modeling_t5.py).
 """
 
@@ -18,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pemt_fast.ops.autograd import without_autocast
-from pemt_fast.ops.sparsity_terms import Inputs, gradients, loss, scale_of, terms
+from pemt_fast.ops.autocast import without_autocast
+from pemt_fast.ops.dispatch import resolve_impl
+from pemt_fast.ops.sparsity_terms import Inputs, Needs, loss_and_gradients, scale_of
 
 _INPUTS = (
     "Tensor z, Tensor gate, Tensor hidden, Tensor w_up, Tensor? b_up, Tensor? residual, "
-    "Tensor? mask, int[] ranks"
+    "Tensor? mask, int[] ranks, str impl"
 )
 _LIBRARY = torch.library.Library("pemt_fast", "FRAGMENT")
 _LIBRARY.define(f"task_sparsity_loss({_INPUTS}) -> Tensor")
@@ -45,6 +47,7 @@ def task_sparsity_loss(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     ranks: Sequence[int],
+    impl: str = "auto",
 ) -> Tensor:
     """Task Sparsity Loss of one feed-forward layer.
 
@@ -59,16 +62,19 @@ def task_sparsity_loss(
         mask: `[B, S]`, true for the tokens to average over; None for all of them, padding
             included, as in the published code.
         ranks: One rank per adapter.
+        impl: As in `adapter_mixture`; `reference` is `torch` here.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs). 0 where no token counts.
 
     Raises:
         ValueError: sizes that do not belong together; the message names them.
+        RuntimeError: the implementation asked for cannot run here.
     """
     ranks = tuple(ranks)
     _check(z, gate, hidden, w_up, b_up, residual, mask, ranks)
-    return _OPS.task_sparsity_loss.default(z, gate, hidden, w_up, b_up, residual, mask, ranks)
+    impl = resolve_impl(impl, z.device, z.dtype)
+    return _OPS.task_sparsity_loss.default(z, gate, hidden, w_up, b_up, residual, mask, ranks, impl)
 
 
 def _check(
@@ -127,22 +133,20 @@ def _inputs(
 
 
 def _forward(*args: Any) -> Tensor:
-    with without_autocast(args[0].device.type):
-        inputs = _inputs(*args)
-        return loss(inputs, terms(inputs))
+    *given, impl = args
+    with without_autocast(given[0].device.type):
+        return loss_and_gradients(_inputs(*given), Needs(), impl)[0]
 
 
 def _with_gradients(*args: Any) -> tuple[Tensor, ...]:
-    *given, needs = args
+    *given, impl, needs = args
     with without_autocast(given[0].device.type):
         inputs = _inputs(*given)
-        found = terms(inputs)
-        grads = gradients(inputs, found, tuple(needs))
+        value, grads = loss_and_gradients(inputs, Needs(*needs), impl)
     shaped = (
         given[0].new_empty(0) if grad is None else grad.reshape(tensor.shape).to(tensor.dtype)
         for grad, tensor in zip(grads, given[:_TENSORS], strict=True)
     )
-    value = loss(inputs, found)
     return value, torch.full_like(value, 1 / scale_of(inputs.z.shape[0])), *shaped
 
 
@@ -184,6 +188,7 @@ class TaskSparsityLossFunction(torch.autograd.Function):
             None if z is None else z * taken_back,
             None if gate is None else gate * grad,
             *(None if other is None else other * taken_back for other in others),
+            None,
             None,
             None,
         )

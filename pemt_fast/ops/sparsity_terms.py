@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arithmetic of the Task Sparsity Loss and its gradients in rank space, on flat tensors.
+"""The Task Sparsity Loss and its gradients in rank space, on flat tensors: the matmuls.
 
 Letters as in `sparsity_loss.py`, with T tokens flat. `products = z·w_upᵀ` and `folded_e =
 hidden_e·(w_up[e]·w_up[e]ᵀ)`, both `[T, N]`, are all of that width that is ever needed:
 `⟨z, m_e⟩ = Σ products_e ⊙ hidden_e` and `‖m_e‖² = Σ folded_e ⊙ hidden_e`, to which
 `c = b_up[e] + residual` adds `⟨z, c⟩` and `‖c‖² + 2·Σ projected_e ⊙ hidden_e` with `projected =
-c·w_upᵀ`.
+c·w_upᵀ`. What happens to each token in between is in `sparsity_rows.py`.
 
 Matrices are in the dtype of z, sums per adapter `[T, E]` in float32 (float64 for float64).
 """
@@ -17,10 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pemt_fast.ops.stacked import scale_units
-
-# torch.nn.functional.cosine_similarity clamps each norm at this value.
-COSINE_EPS = 1e-8
+from pemt_fast.ops.sparsity_rows import Operands, Rows, Wanted, rows
 
 
 class Inputs(NamedTuple):
@@ -46,44 +43,42 @@ class Inputs(NamedTuple):
         return len(set(self.ranks)) == 1
 
 
-class Terms(NamedTuple):
-    """What the loss and its gradients share."""
+class Needs(NamedTuple):
+    """Which gradients."""
 
-    products: Tensor  # [T, N]
-    folded: Tensor  # [T, N], with `projected` where there is a c
-    z_norm: Tensor  # [T, 1], clamped
-    m_norm: Tensor  # [T, E], clamped
-    cosine: Tensor  # [T, E]
-    weight: Tensor  # [T, 1], what a token counts for; sums to 1
-    disagreement: Tensor  # [E], 1 − mean cosine
-
-
-def terms(inputs: Inputs) -> Terms:
-    """Everything but the gate."""
-    z, hidden, w_up, dtype = inputs.z, inputs.hidden, inputs.w_up, inputs.dtype
-    products = torch.mm(z, w_up.t())
-    dot = _sum_units(products * hidden, inputs)
-    folded = _fold(inputs)
-    if inputs.b_up is None and inputs.residual is None:
-        squared = _sum_units(folded * hidden, inputs)
-    else:
-        projected = _project(inputs)
-        # ‖m‖² = hidden·(folded + 2·projected) + ‖c‖²; the gradient has folded + projected.
-        offset_dot, offset_squared = _offset_sums(inputs)
-        dot = dot + offset_dot
-        squared = _sum_units((folded + 2 * projected) * hidden, inputs) + offset_squared
-        folded = folded + projected
-    z_norm = torch.linalg.vector_norm(z, dim=1, keepdim=True, dtype=dtype).clamp_min(COSINE_EPS)
-    m_norm = squared.clamp_min(COSINE_EPS**2).sqrt()
-    cosine = dot / (z_norm * m_norm)
-    weight, counts = _weight(inputs)
-    disagreement = counts - (cosine * weight).sum(0)
-    return Terms(products, folded, z_norm, m_norm, cosine, weight, disagreement)
+    z: bool = False
+    gate: bool = False
+    hidden: bool = False
+    w_up: bool = False
+    b_up: bool = False
+    residual: bool = False
 
 
-def loss(inputs: Inputs, found: Terms) -> Tensor:
-    """`Σ_e mean_b(gate[b, e])·(1 − mean_t cos)`."""
-    return (inputs.gate.to(inputs.dtype).mean(0) * found.disagreement).sum()
+def loss_and_gradients(
+    inputs: Inputs, needs: Needs, impl: str
+) -> tuple[Tensor, list[Tensor | None]]:
+    """`Σ_e mean_b(gate[b, e])·(1 − mean_t cos)`, and the gradients in the order of `Needs`.
+
+    All gradients but that of the gate are `scale_of(T)` times as large.
+    """
+    share = inputs.gate.to(inputs.dtype).mean(0)
+    has_offset = inputs.b_up is not None or inputs.residual is not None
+    offset_dot, offset_squared = _offset_sums(inputs) if has_offset else (None, None)
+    operands = Operands(
+        inputs.z, inputs.hidden, torch.mm(inputs.z, inputs.w_up.t()), _fold(inputs),
+        _project(inputs) if has_offset else None, offset_dot, offset_squared, inputs.mask, share,
+    )  # fmt: skip
+    falls_on_c = needs.b_up or needs.residual
+    wanted = Wanted(
+        factors=falls_on_c or (needs.z and has_offset),
+        scaled=needs.z or needs.w_up,
+        by_norm=needs.w_up or falls_on_c,
+        d_hidden=needs.hidden,
+        d_z=needs.z,
+    )
+    found = rows(operands, inputs.ranks, scale_of(inputs.z.shape[0]), wanted, impl)
+    value = (share * found.disagreement).sum()
+    return value, _gradients(inputs, needs, found)
 
 
 def scale_of(tokens: int) -> int:
@@ -94,58 +89,19 @@ def scale_of(tokens: int) -> int:
     return 1 << max(tokens - 1, 0).bit_length()
 
 
-def gradients(inputs: Inputs, found: Terms, needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """Of z, gate, hidden, w_up, b_up and residual where `needs` says so.
-
-    All but that of the gate are `scale_of(T)` times as large.
-    """
-    needs_z, needs_gate, needs_hidden, needs_w_up, needs_b_up, needs_residual = needs
-    z, hidden, w_up, b_up, residual = (
-        inputs.z, inputs.hidden, inputs.w_up, inputs.b_up, inputs.residual,
-    )  # fmt: skip
-    share = inputs.gate.to(inputs.dtype).mean(0)
-    d_cosine = -share * found.weight * scale_of(inputs.z.shape[0])  # [T, E]
-    for_dot = d_cosine / (found.z_norm * found.m_norm)
-    moving = found.m_norm > COSINE_EPS  # a clamped norm does not change
-    # Twice the gradient of ‖m‖², which every use of it has.
-    for_norm = -d_cosine * found.cosine / found.m_norm.square() * moving
-    d_z = d_gate = d_hidden = d_w_up = d_b_up = d_residual = None
-    low = for_dot.to(z.dtype)
-    if needs_z:
-        d_z = torch.mm(scale_units(hidden, for_dot, inputs.ranks), w_up)
-        along = (d_cosine * found.cosine).sum(1, keepdim=True) / found.z_norm.square()
-        d_z.addcmul_(z, (along * (found.z_norm > COSINE_EPS)).to(z.dtype), value=-1)
-        if b_up is not None:
-            d_z.addmm_(low, b_up)
-        if residual is not None:
-            d_z.addcmul_(residual, for_dot.sum(1, keepdim=True).to(z.dtype))
-    if needs_gate:
+def _gradients(inputs: Inputs, needs: Needs, found: Rows) -> list[Tensor | None]:
+    d_gate = d_w_up = d_b_up = d_residual = None
+    if needs.gate:
         B = inputs.gate.shape[0]
         d_gate = (found.disagreement / max(B, 1)).to(inputs.gate.dtype).repeat(B, 1)
-    if needs_hidden:
-        d_hidden = scale_units(found.products, for_dot, inputs.ranks)
-        d_hidden.add_(scale_units(found.folded, for_norm, inputs.ranks))
-    if needs_w_up or needs_b_up or needs_residual:
-        by_norm = scale_units(hidden, for_norm, inputs.ranks)  # [T, N]
-        if needs_w_up:
-            d_w_up = _weight_gradient(inputs, for_dot, by_norm)
-        if needs_b_up and b_up is not None:
-            d_b_up = _bias_gradient(inputs, low, for_norm, by_norm)
-        if needs_residual and residual is not None:
-            d_residual = torch.mm(by_norm, w_up)
-            d_residual.addcmul_(z, for_dot.sum(1, keepdim=True).to(z.dtype))
-            d_residual.addcmul_(residual, for_norm.sum(1, keepdim=True).to(z.dtype))
-            if b_up is not None:
-                d_residual.addmm_(for_norm.to(z.dtype), b_up)
-    return [d_z, d_gate, d_hidden, d_w_up, d_b_up, d_residual]
-
-
-def _sum_units(units: Tensor, inputs: Inputs) -> Tensor:
-    """`[T, N]` summed over the units of each adapter: `[T, E]`."""
-    ranks = inputs.ranks
-    if inputs.equal:
-        return units.view(-1, len(ranks), ranks[0]).sum(-1, dtype=inputs.dtype)
-    return torch.stack([part.sum(-1, dtype=inputs.dtype) for part in units.split(ranks, 1)], 1)
+    if needs.w_up:
+        d_w_up = _weight_gradient(inputs, found)
+    if needs.b_up and inputs.b_up is not None:
+        d_b_up = _bias_gradient(inputs, inputs.b_up, found)
+    if needs.residual and inputs.residual is not None:
+        d_residual = _residual_gradient(inputs, inputs.residual, found)
+    d_z = _output_gradient(inputs, found) if needs.z else None
+    return [d_z, d_gate, found.d_hidden, d_w_up, d_b_up, d_residual]
 
 
 def _fold(inputs: Inputs) -> Tensor:
@@ -196,27 +152,31 @@ def _squared_norm(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square()
 
 
-def _weight(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """What each token counts for `[T, 1]`, and 1, or 0 if no token counts."""
-    T, device, dtype = inputs.z.shape[0], inputs.z.device, inputs.dtype
-    if inputs.mask is None:
-        one = torch.full((), float(T > 0), dtype=dtype, device=device)
-        return torch.full((T, 1), 1 / max(T, 1), dtype=dtype, device=device), one
-    mask = inputs.mask.view(-1, 1).to(dtype)
-    count = mask.sum()
-    return mask / count.clamp_min(1), (count > 0).to(dtype)
+def _output_gradient(inputs: Inputs, found: Rows) -> Tensor:
+    """`d_z [T, H]`, in place of what the rows left there."""
+    b_up, residual = inputs.b_up, inputs.residual
+    d_z, scaled, for_dot = found.d_z, found.scaled, found.for_dot
+    assert d_z is not None and scaled is not None
+    d_z.addmm_(scaled, inputs.w_up)
+    if for_dot is not None and b_up is not None:
+        d_z.addmm_(for_dot.to(d_z.dtype), b_up)
+    if for_dot is not None and residual is not None:
+        d_z.addcmul_(residual, for_dot.sum(1, keepdim=True).to(d_z.dtype))
+    return d_z
 
 
-def _weight_gradient(inputs: Inputs, for_dot: Tensor, by_norm: Tensor) -> Tensor:
+def _weight_gradient(inputs: Inputs, found: Rows) -> Tensor:
     """`d_w_up [N, H]`: by the products with z, by the Gram matrix, by c."""
     z, hidden, w_up, ranks = inputs.z, inputs.hidden, inputs.w_up, inputs.ranks
-    d_w_up = torch.mm(scale_units(hidden, for_dot, ranks).t(), z)
+    scaled, by_norm = found.scaled, found.by_norm
+    assert scaled is not None and by_norm is not None
+    d_w_up = torch.mm(scaled.t(), z)
     parts = zip(
         by_norm.split(ranks, 1), hidden.split(ranks, 1), w_up.split(ranks), d_w_up.split(ranks),
         strict=True,
     )  # fmt: skip
-    for scaled, h, w, d in parts:
-        d.addmm_(scaled.t() @ h, w)
+    for norm, h, w, d in parts:
+        d.addmm_(norm.t() @ h, w)
     if inputs.residual is not None:
         d_w_up.addmm_(by_norm.t(), inputs.residual)
     if inputs.b_up is not None:
@@ -226,15 +186,27 @@ def _weight_gradient(inputs: Inputs, for_dot: Tensor, by_norm: Tensor) -> Tensor
     return d_w_up
 
 
-def _bias_gradient(inputs: Inputs, low: Tensor, for_norm: Tensor, by_norm: Tensor) -> Tensor:
+def _bias_gradient(inputs: Inputs, b_up: Tensor, found: Rows) -> Tensor:
     """`d_b_up [E, H]`: what falls on c, summed over the tokens."""
-    b_up, ranks = inputs.b_up, inputs.ranks
-    assert b_up is not None
-    d_b_up = torch.mm(low.t(), inputs.z)
-    d_b_up.addcmul_(b_up, for_norm.sum(0).to(b_up.dtype).unsqueeze(1))
+    for_dot, for_norm, by_norm, dtype = found.for_dot, found.for_norm, found.by_norm, b_up.dtype
+    assert for_dot is not None and for_norm is not None and by_norm is not None
+    d_b_up = torch.mm(for_dot.to(dtype).t(), inputs.z)
+    d_b_up.addcmul_(b_up, for_norm.sum(0).to(dtype).unsqueeze(1))
     if inputs.residual is not None:
-        d_b_up.addmm_(for_norm.to(b_up.dtype).t(), inputs.residual)
-    sums = by_norm.sum(0, dtype=inputs.dtype).to(b_up.dtype).split(ranks)
-    for e, (s, w) in enumerate(zip(sums, inputs.w_up.split(ranks), strict=True)):
+        d_b_up.addmm_(for_norm.to(dtype).t(), inputs.residual)
+    sums = by_norm.sum(0, dtype=inputs.dtype).to(dtype).split(inputs.ranks)
+    for e, (s, w) in enumerate(zip(sums, inputs.w_up.split(inputs.ranks), strict=True)):
         d_b_up[e] += s @ w
     return d_b_up
+
+
+def _residual_gradient(inputs: Inputs, residual: Tensor, found: Rows) -> Tensor:
+    """`d_residual [T, H]`: what falls on c, summed over the adapters."""
+    for_dot, for_norm, by_norm, dtype = found.for_dot, found.for_norm, found.by_norm, residual.dtype
+    assert for_dot is not None and for_norm is not None and by_norm is not None
+    d_residual = torch.mm(by_norm, inputs.w_up)
+    d_residual.addcmul_(inputs.z, for_dot.sum(1, keepdim=True).to(dtype))
+    d_residual.addcmul_(residual, for_norm.sum(1, keepdim=True).to(dtype))
+    if inputs.b_up is not None:
+        d_residual.addmm_(for_norm.to(dtype), inputs.b_up)
+    return d_residual

@@ -7,7 +7,9 @@ each gate over the R units of its adapter. Nothing of size [E, T, H] exists.
 
 Works on flat tensors: `x [T, D]`, `gate [G, E]` with each row serving `T / G` consecutive tokens,
 packed weights `[N, ·]`. The backward formulas are derived in `docs/derivation.md`. This pair
-`forward` / `backward` is the contract of every implementation; `autograd.py` calls it.
+`forward` / `backward` is the contract of every implementation; `autograd.py` calls it. A linear may
+take the place of `base`; where its weight and `w_down` are one matrix in memory that is one matmul
+less in each direction. Next: `gated_units.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pemt_fast.ops.gated_units import (
+    Weights,
+    clear_unused,
+    compact,
+    gate_dtype,
+    per_token,
+    quarantine,
+    scale_units,
+    sum_gate_rows,
+    sum_units,
+    unused_gates,
+)
 
 aten = torch.ops.aten
 
@@ -26,15 +41,6 @@ TOKEN_PARTS = 32
 
 # Below this many tokens copying the used adapters out of the stack costs more than it saves.
 MIN_TOKENS_TO_COMPACT = 16
-
-
-class Weights(NamedTuple):
-    """Packed parameters: `w_down [N, D]`, `w_up [N, H]`, `b_down [N]`, `b_up [E, H]`."""
-
-    w_down: Tensor
-    w_up: Tensor
-    b_down: Tensor | None
-    b_up: Tensor | None
 
 
 class Gradients(NamedTuple):
@@ -77,113 +83,48 @@ def activate_backward(d_h: Tensor, saved: Tensor, activation: str) -> Tensor:
     return d_h
 
 
-def _per_unit(rows: Tensor, ranks: tuple[int, ...]) -> Tensor:
-    """Repeat `[G, E]` over the hidden units of each adapter: `[G, N]`."""
-    if len(set(ranks)) == 1:
-        return rows.repeat_interleave(ranks[0], dim=1)
-    # No table of indices on the device: making one waits for it, which no graph may capture.
-    columns = rows.split(1, 1)
-    return torch.cat([c.expand(-1, rank) for c, rank in zip(columns, ranks, strict=True)], 1)
-
-
-def _by_gate_row(rows: Tensor, groups: int) -> Tensor:
-    """`[T, ·]` as `[G, T / G, ·]`: the tokens that share a row of the gate."""
-    return rows.view(groups, rows.shape[0] // groups if groups else 0, rows.shape[1])
-
-
-def scale_units(units: Tensor, gate: Tensor, ranks: tuple[int, ...]) -> Tensor:
-    """`units [T, N]` times the gate of their adapter; the product in the gate's dtype."""
-    scale = _per_unit(gate, ranks).unsqueeze(1)  # [G, 1, N]
-    scaled = torch.mul(_by_gate_row(units, gate.shape[0]), scale).view_as(units)
-    return scaled if scaled.dtype == units.dtype else scaled.to(units.dtype)
-
-
-def _clear_unused(units: Tensor, unused: Tensor | None, ranks: tuple[int, ...]) -> Tensor:
-    """Write zeros where the gate is exactly 0, so that 0 · inf cannot become NaN. In place."""
-    if unused is not None:
-        mask = _per_unit(unused, ranks).unsqueeze(1)
-        _by_gate_row(units, unused.shape[0]).masked_fill_(mask, 0)
-    return units
-
-
-def _sum_units(units: Tensor, groups: int, ranks: tuple[int, ...]) -> Tensor:
-    """Sum `[T, N]` over the units of each adapter and the tokens of each gate row: `[G, E]`."""
-    dtype = _gate_dtype(units.dtype)
-    per_row = units if units.shape[0] == groups else _by_gate_row(units, groups).sum(1, dtype=dtype)
-    if len(set(ranks)) == 1:
-        return per_row.view(groups, len(ranks), ranks[0]).sum(-1, dtype=dtype)
-    return torch.stack([part.sum(-1, dtype=dtype) for part in per_row.split(ranks, 1)], 1)
-
-
-def _sum_gate_rows(grad_out: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """`[T, H]` summed over the tokens of each gate row: `[G, H]`."""
-    return _by_gate_row(grad_out, groups).sum(1, dtype=dtype)
-
-
-def up_bias_gradient(gate: Tensor, grad_out: Tensor) -> Tensor:
-    """`d_b_up = gateᵀ·d_out` `[E, H]` in the dtype of `gate [G, E]`."""
-    return _sum_products(gate, _sum_gate_rows(grad_out, gate.shape[0], gate.dtype))
-
-
-def _unused(gate: Tensor) -> Tensor | None:
-    """Mask of the gates that are exactly 0, or `None` when the host can see there is none."""
-    mask = gate == 0
-    # Only on the CPU is looking free; elsewhere it would wait for the device.
-    if gate.device.type == "cpu" and not bool(mask.any()):
-        return None
-    return mask
-
-
-def _quarantine(
-    gate: Tensor, weights: Weights, unused: Tensor | None, ranks: tuple[int, ...]
-) -> tuple[Tensor, Weights]:
-    """Move non-finite weights into the gate, where a zero can stop them.
-
-    The rows of an adapter with a NaN or infinite weight become zeros and its non-zero gates become
-    NaN: tokens that use it get NaN, tokens that do not get exactly nothing, gradients included.
-    """
-    if unused is None:
-        return gate, weights
-    bad_unit = ~(weights.w_down.isfinite().all(1) & weights.w_up.isfinite().all(1))
-    if weights.b_down is not None:
-        bad_unit = bad_unit | ~weights.b_down.isfinite()
-    bad = torch.stack([units.any() for units in bad_unit.split(ranks)])
-    if weights.b_up is not None:
-        bad = bad | ~weights.b_up.isfinite().all(1)
-    if gate.device.type == "cpu" and not bool(bad.any()):
-        return gate, weights
-    bad_n1 = _per_unit(bad.unsqueeze(0), ranks).t()
-    weights = Weights(
-        weights.w_down.masked_fill(bad_n1, 0),
-        weights.w_up.masked_fill(bad_n1, 0),
-        None if weights.b_down is None else weights.b_down.masked_fill(bad_n1[:, 0], 0),
-        None if weights.b_up is None else weights.b_up.masked_fill(bad.unsqueeze(1), 0),
-    )
-    return gate.masked_fill(bad & ~unused, float("nan")), weights
-
-
-def _compact(
-    gate: Tensor, weights: Weights, ranks: tuple[int, ...]
-) -> tuple[Tensor, Weights, tuple[int, ...]]:
-    """Drop the adapters that no token uses: their work is skipped."""
-    used = (gate != 0).any(0)
-    if bool(used.all()) or not bool(used.any()):
-        return gate, weights, ranks
-    units = _per_unit(used.unsqueeze(0), ranks).squeeze(0).nonzero().squeeze(1)
-    kept = used.nonzero().squeeze(1)
-    weights = Weights(
-        weights.w_down.index_select(0, units),
-        weights.w_up.index_select(0, units),
-        None if weights.b_down is None else weights.b_down.index_select(0, units),
-        None if weights.b_up is None else weights.b_up.index_select(0, kept),
-    )
-    return gate.index_select(1, kept), weights, tuple(ranks[e] for e in kept.tolist())
-
-
 def _pre_activation(x: Tensor, weights: Weights) -> Tensor:
     if weights.b_down is None:
         return torch.mm(x, weights.w_down.t())
     return torch.addmm(weights.b_down, x, weights.w_down.t())
+
+
+def one_matrix(weight: Tensor | None, w_down: Tensor) -> Tensor | None:
+    """`[weight; w_down]` `[H + N, D]` without a copy, None unless they lie so in one storage.
+
+    For tensors with data: looked at in every call, so that nothing can be out of date.
+    """
+    if weight is None or weight.dtype != w_down.dtype or weight.shape[1:] != w_down.shape[1:]:
+        return None
+    if w_down.data_ptr() != weight.data_ptr() + weight.nbytes or not weight.nbytes:
+        return None
+    if not (weight.is_contiguous() and w_down.is_contiguous()):
+        return None
+    # Two storages may be neighbours by chance.
+    if weight.untyped_storage()._cdata != w_down.untyped_storage()._cdata:
+        return None
+    rows, width = weight.shape[0] + w_down.shape[0], w_down.shape[1]
+    return weight.as_strided((rows, width), (width, 1))
+
+
+def _projections(x: Tensor, weights: Weights, base: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """What the mixture is added to, and `x·w_downᵀ + b_down`: columns of one matrix, or not."""
+    weight, bias, b_down = weights.weight, weights.bias, weights.b_down
+    if weight is None:
+        return base, _pre_activation(x, weights)
+    both = one_matrix(weight, weights.w_down)
+    if both is None:
+        return torch.nn.functional.linear(x, weight, bias), _pre_activation(x, weights)
+    h, n = weight.shape[0], weights.w_down.shape[0]
+    if bias is None and b_down is None:
+        columns = torch.mm(x, both.t())
+    else:
+        parts = (
+            x.new_zeros(h) if bias is None else bias,
+            x.new_zeros(n) if b_down is None else b_down,
+        )
+        columns = torch.addmm(torch.cat(parts), x, both.t())
+    return columns[:, :h], columns[:, h:]
 
 
 def _matmul(rows: Tensor, weight: Tensor, base: Tensor | None = None) -> Tensor:
@@ -214,15 +155,9 @@ def _sum_products(a: Tensor, b: Tensor) -> Tensor:
     return out if main == tokens else torch.addmm(out, a[main:].t(), b[main:])
 
 
-def _gate_dtype(x_dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if x_dtype == torch.float64 else torch.float32
-
-
-def _per_token(gate: Tensor, tokens: int) -> Tensor:
-    """`[G, E]` to `[T, E]`."""
-    if gate.shape[0] == tokens:
-        return gate
-    return gate.repeat_interleave(tokens // max(gate.shape[0], 1), dim=0)
+def up_bias_gradient(gate: Tensor, grad_out: Tensor) -> Tensor:
+    """`d_b_up = gateᵀ·d_out` `[E, H]` in the dtype of `gate [G, E]`."""
+    return _sum_products(gate, sum_gate_rows(grad_out, gate.shape[0], gate.dtype))
 
 
 def forward(
@@ -241,27 +176,29 @@ def forward(
         x: `[T, D]`; the dtype of the computation. The matmuls accumulate in float32.
         gate: `[G, E]`, any float dtype; applied in float32.
         weights: Packed, in the dtype of `x`.
-        base: `[T, H]` or None; added inside the second matmul.
+        base: `[T, H]` or None; added inside the second matmul. None beside `weights.weight`.
         ranks: One rank per adapter, summing to N.
         activation: One of `validation.ACTIVATIONS`.
         save: Also return `z` (gelu, silu) or `act(z)` (identity, relu) `[T, N]` for backward.
         with_hidden: Also return the ungated hidden units `act(z)` `[T, N]`.
     """
-    gate = gate.to(_gate_dtype(x.dtype))
-    unused = _unused(gate)
+    gate = gate.to(gate_dtype(x.dtype))
+    unused = unused_gates(gate)
     tokens = x.shape[0]
     if unused is not None and not (save or with_hidden) and gate.device.type == "cpu":
         if tokens >= MIN_TOKENS_TO_COMPACT:
-            gate, weights, ranks = _compact(gate, weights, ranks)
-            unused = _unused(gate)
-    gate, weights = _quarantine(gate, weights, unused, ranks)
-    z = _pre_activation(x, weights)
+            gate, weights, ranks = compact(gate, weights, ranks)
+            unused = unused_gates(gate)
+    gate, weights = quarantine(gate, weights, unused, ranks)
+    base, z = _projections(x, weights, base)
+    if save or with_hidden:
+        z = z.contiguous()  # columns of a wider matrix would keep all of it
     hidden = activate(z, activation)
-    gated = _clear_unused(scale_units(hidden, gate, ranks), unused, ranks)
+    gated = clear_unused(scale_units(hidden, gate, ranks), unused, ranks)
     if weights.b_up is not None:
         bias_gate = gate if unused is None else gate.masked_fill(unused, 0)
         bias = torch.mm(bias_gate, weights.b_up.to(gate.dtype))  # [G, H]
-        bias = _per_token(bias, tokens)
+        bias = per_token(bias, tokens)
         base = (bias if base is None else base + bias).to(x.dtype)
     out = _matmul(gated, weights.w_up, None if base is None else base.to(x.dtype))
     saved = None if not save else z if keeps_pre_activation(activation) else hidden
@@ -282,13 +219,14 @@ def backward(
     """Only the gradients that `needs` names, in the order of `Gradients`.
 
     `grad_out [T, H]` and `grad_hidden [T, N]` arrive in the dtype of the computation. `x` is needed
-    for `d_w_down` and when `saved` is None, which means: compute the hidden units again.
+    for `d_w_down` and when `saved` is None, which means: compute the hidden units again. With
+    `weights.weight` `d_x` is that of the linear too.
     """
     needs_x, needs_gate, needs_w_down, needs_w_up, needs_b_down, needs_b_up = needs
-    gate = gate.to(_gate_dtype(grad_out.dtype))
-    groups = gate.shape[0]
-    unused = _unused(gate)
-    gate, weights = _quarantine(gate, weights, unused, ranks)
+    gate = gate.to(gate_dtype(grad_out.dtype))
+    tokens, groups = grad_out.shape[0], gate.shape[0]
+    unused = unused_gates(gate)
+    gate, weights = quarantine(gate, weights, unused, ranks)
     hidden = saved = _saved_units(x, weights, saved, activation, any(needs[:5]))
     if keeps_pre_activation(activation) and (needs_gate or needs_w_up):
         hidden = activate(saved, activation)
@@ -297,31 +235,57 @@ def backward(
     if needs_x or needs_w_down or needs_b_down or needs_gate:
         d_gated = torch.mm(grad_out, weights.w_up.t())  # [T, N]
         if needs_gate:
-            d_gate = _sum_units(d_gated * hidden, groups, ranks)
+            d_gate = sum_units(d_gated * hidden, groups, ranks)
         if needs_x or needs_w_down or needs_b_down:
-            d_h = _clear_unused(scale_units(d_gated, gate, ranks), unused, ranks)
+            both = one_matrix(weights.weight, weights.w_down) if needs_x else None
+            # [grad_out | d_z], made where it will be read.
+            rows = None if both is None else grad_out.new_empty(tokens, len(both))
+            room = None if rows is None else rows[:, grad_out.shape[1] :]
+            d_h = clear_unused(scale_units(d_gated, gate, ranks, room), unused, ranks)
             if grad_hidden is not None:
                 d_h = d_h + grad_hidden
             d_z = activate_backward(d_h, saved, activation)
             if unused is not None:
                 # The derivative of an overflowed unit is NaN; a zero gate must stop that too.
                 d_z = d_z.masked_fill(d_h == 0, 0)
-            d_x = _matmul(d_z, weights.w_down) if needs_x else None
+            if needs_x and rows is not None and both is not None:
+                d_x = _joint_input_gradient(grad_out, d_z, rows, both)
+            elif needs_x:
+                d_x = _input_gradient(grad_out, d_z, weights)
             d_w_down = torch.mm(d_z.t(), x) if needs_w_down and x is not None else None
             d_b_down = d_z.sum(0, dtype=gate.dtype) if needs_b_down else None
     if needs_w_up:
-        gated = _clear_unused(scale_units(hidden, gate, ranks), unused, ranks)
+        gated = clear_unused(scale_units(hidden, gate, ranks), unused, ranks)
         d_w_up = torch.mm(gated.t(), grad_out)
     if weights.b_up is not None and (needs_gate or needs_b_up):
-        d_out = _sum_gate_rows(grad_out, groups, gate.dtype)
+        d_out = sum_gate_rows(grad_out, groups, gate.dtype)
         if d_gate is not None:
             d_gate = d_gate + d_out @ weights.b_up.to(gate.dtype).t()
         if needs_b_up:
             d_b_up = _sum_products(gate, d_out)
     if d_gate is not None and unused is not None:
-        # A NaN that `_quarantine` put here stands for an adapter whose output is not finite.
+        # A NaN that `quarantine` put here stands for an adapter whose output is not finite.
         d_gate = torch.where(gate.isnan(), gate, d_gate)
     return Gradients(d_x, d_gate, d_w_down, d_w_up, d_b_down, d_b_up)
+
+
+def _input_gradient(grad_out: Tensor, d_z: Tensor, weights: Weights) -> Tensor:
+    """`d_z·w_down`, and with a linear beside it `grad_out·weight + d_z·w_down`."""
+    if weights.weight is None:
+        return _matmul(d_z, weights.w_down)
+    d_x = _matmul(grad_out, weights.weight)
+    if d_z.shape[0] == 1:
+        return _matmul(d_z, weights.w_down, d_x)
+    return d_x.addmm_(d_z, weights.w_down)
+
+
+def _joint_input_gradient(grad_out: Tensor, d_z: Tensor, rows: Tensor, both: Tensor) -> Tensor:
+    """The same as one matmul with `both = [weight; w_down]`; `rows` are filled here."""
+    h = grad_out.shape[1]
+    rows[:, :h] = grad_out
+    if d_z.data_ptr() != rows[:, h:].data_ptr():
+        rows[:, h:] = d_z
+    return _matmul(rows, both)
 
 
 def _saved_units(

@@ -16,7 +16,8 @@ from torch import Tensor
 from pemt_fast.kernels.adapter_mixture import plan_of, run
 from pemt_fast.kernels.walk import Walk
 from pemt_fast.kernels.weight_gradients import weight_gradients
-from pemt_fast.ops.stacked import Gradients, Weights, up_bias_gradient
+from pemt_fast.ops.gated_units import Weights
+from pemt_fast.ops.stacked import Gradients, up_bias_gradient
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -107,6 +108,8 @@ def forward(
     out = x.new_empty(T, H)
     saved = x.new_empty(T, N) if save else None
     hidden = x.new_empty(T, N) if with_hidden else None
+    if weights.weight is not None:
+        base = torch.nn.functional.linear(x, weights.weight, weights.bias)
     if T > 0:
         with _current(x.device):
             run(forward_walk(x, gate, weights, ranks, activation, out, base, saved, hidden))
@@ -167,6 +170,7 @@ def _backward(
                 activation=activation,
                 backward=True,
                 out=d_x,
+                base=None if weights.weight is None or d_x is None else grad_out @ weights.weight,
                 b_up=None if weights.b_up is None else weights.b_up.contiguous(),
                 saved=None if saved is None else saved.contiguous(),
                 hidden=None if grad_hidden is None else grad_hidden.contiguous(),

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pemt_fast.ops.autograd import autocast_dtype, pack
+from pemt_fast.ops.autocast import autocast_dtype
 from pemt_fast.ops.dispatch import backend, resolve_impl
+from pemt_fast.ops.gated_units import pack
 from pemt_fast.ops.validation import check_adapter_mixture
 from pemt_fast.ops.watchers import nobody_watches
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shape, dtype and device rules of `adapter_mixture`, checked once, at the door.
+"""Shape, dtype and device rules of `adapter_mixture` and `linear_mixture`, checked at the door.
 
 Every message names the argument, the letters and sizes expected, and what came. Past this file the
 operator trusts its inputs. The letters are those of `adapter_mixture.py`.
@@ -144,6 +144,17 @@ def check_adapter_mixture(
         x.device,
     )
     return rank_tuple
+
+
+def check_linear(x: Tensor, w_up: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The rules for the linear of `linear_mixture`; the others are checked by then."""
+    d, h = x.shape[-1], w_up.shape[-1]
+    _require_tensor("weight", weight)
+    _require_shape("weight", weight, "[H, D]", (h, d))
+    if bias is not None:
+        _require_tensor("bias", bias)
+        _require_shape("bias", bias, "[H]", (h,))
+    _check_device_and_dtype({"weight": weight, "bias": bias}, x.device)
 
 
 def tokens_per_gate_row(x: Tensor, gate: Tensor) -> int:

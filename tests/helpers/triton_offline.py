@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from pemt_fast.kernels import adapter_mixture, configs, plans, weight_gradients
 from pemt_fast.kernels.adapter_mixture import run
+from pemt_fast.kernels.sparsity_loss import sparsity_loss_rows
 from pemt_fast.kernels.walk import Walk
 
 WIDTH, RANK = 768, 64
@@ -43,6 +44,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -122,7 +124,8 @@ def describe(launch: Launch) -> dict[str, Any]:
     """What tells launches of the table apart."""
     tile = {name: launch.arguments.get(name) for name in ("BM", "BN", "BK", "BH", "BW", "BT")}
     constants = {name: launch.arguments.get(name) for name in ("N", "BACKWARD", "PRECISION")}
-    unequal = {"ranks": "unequal"} if launch.arguments.get("PER_ADAPTER") == 0 else {}
+    equal = launch.arguments.get("PER_ADAPTER", launch.arguments.get("RANK"))
+    unequal = {"ranks": "unequal"} if equal == 0 else {}
     return {
         "kernel": launch.kernel.__name__.removesuffix("_kernel"),
         **unequal,
@@ -155,6 +158,24 @@ def walk_of(row: configs.Row, element: int, backward: bool, *, unequal: bool = F
     return walk._replace(base=x, b_down=tensor(N))
 
 
+def run_loss_rows() -> None:
+    """The Task Sparsity Loss of frozen sources, and the most demanding one, of unequal ranks."""
+    for dtype, ranks, everything in (
+        (torch.bfloat16, (RANK,) * 6, False),
+        (torch.float32, (8, 200, 48), True),
+    ):
+        T, N, E = 1024, sum(ranks), len(ranks)
+
+        def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        z, units, sums = tensor(T, WIDTH), tensor(T, N), tensor(T, E, dtype=torch.float32)
+        extras = (units, sums, sums, tensor(T, dtype=torch.bool)) if everything else (None,) * 4
+        share = tensor(E, dtype=torch.float32)
+        wanted = (everything, True, everything, True, True)
+        sparsity_loss_rows(z, units, units, units, *extras, share, ranks, 1024.0, *wanted)
+
+
 def shipped(kind: str) -> list[Launch]:
     """Every launch that a row of the table makes on this kind of GPU, once."""
     found: dict[str, Launch] = {}
@@ -178,6 +199,7 @@ def shipped(kind: str) -> list[Launch]:
         units = torch.empty(2, 8192, 128, dtype=torch.bfloat16, device="meta")
         rows = torch.empty(8192, WIDTH, dtype=torch.bfloat16, device="meta")
         weight_gradients.weight_gradients(units[0], rows, units[1], rows)
+        run_loss_rows()
     for launch in launches:
         if launch.kernel.__name__ != "gate_gradient_kernel":
             found.setdefault(str(sorted(describe(launch).items())), launch)
@@ -199,6 +221,7 @@ def table(kind: str, capability: int) -> str:
                       most // (shared + 1024))  # fmt: skip
         ways = {True: "backward", False: "forward", None: "weights"}
         direction = ways[found.get("BACKWARD")]
+        direction = "both" if found["kernel"] == "sparsity_loss" else direction
         precision = found.get("PRECISION", "") if found["dtype"] == "float32" else ""
         ranks = ", unequal ranks" if "ranks" in found else ""
         cells = (f"{found['dtype']} {precision}".strip(), direction,
