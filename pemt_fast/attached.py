@@ -108,7 +108,8 @@ class AttachedModel(nn.Module):
 
     def unload(self) -> T5Model:
         """Remove everything that was attached and return the untouched T5."""
-        self.unmerge()
+        for tail in self._tails():
+            tail.release()
         self._attachment.undo()
         for stack in (self.base_model.encoder, self.base_model.decoder):
             unroute_checkpoints(stack.block)

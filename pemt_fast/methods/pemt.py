@@ -65,6 +65,8 @@ def attach(
     for site, tail in zip(sites, tails, strict=True):
         tail.base = site.feed_forward.wo
         attachment.replace_module(site.feed_forward, "wo", tail)
+        if isinstance(tail, MixtureTail):
+            tail.stack()
         if tail.adds_residual:
             attachment.add_hook(site.feed_forward.register_forward_pre_hook(tail.keep_residual))
     if config.trains_layer_norms:

@@ -11,6 +11,7 @@ to 1, so the mixture adds `r` once; a hook on the feed-forward module hands `r` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,62 +22,20 @@ from pemt_fast.nn.bottleneck import BottleneckAdapter
 from pemt_fast.nn.gates import PooledGate, drop_below, pool_in_passing
 from pemt_fast.nn.mixture import AdapterMixture
 from pemt_fast.nn.routing import Routing, RoutingState
+from pemt_fast.nn.stacking import stack_weights, unstack_weights
 from pemt_fast.nn.targets import TargetGates
+from pemt_fast.nn.wrapped_linear import WrappedLinear, at_least_float, check_merges_into
+from pemt_fast.ops.dispatch import means_torch
 from pemt_fast.ops.sparsity_loss import task_sparsity_loss
 
 
-class _Tail(nn.Module):
-    """What both stages share: the wrapped `wo`, its visible weight, the residual of bottlenecks."""
+class _Tail(WrappedLinear):
+    """What both stages share: `wo`, and the residual of bottleneck experts."""
 
     def __init__(self, base: Any, routing: Routing, adds_residual: bool) -> None:
-        super().__init__()
-        self.base: Any = base
-        self.routing = routing
+        super().__init__(base, routing)
         self.adds_residual = adds_residual
         self.residual: Tensor | None = None
-        self._unmerged: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """`wo.weight`: T5 casts the input of `wo` to its dtype."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """`wo.bias`."""
-        return self.base.bias
-
-    def merged_delta(self) -> Tensor:
-        """What `merge` adds to `wo.weight`, `[d_model, d_ff]`.
-
-        Raises:
-            ValueError: it depends on the input, or is not linear; the message says which.
-        """
-        raise NotImplementedError
-
-    @property
-    def merged(self) -> bool:
-        """Whether `wo.weight` holds the adapters."""
-        return self._unmerged is not None
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Add the adapters to `wo.weight`; the old values are kept for `unmerge`."""
-        weight, delta = self.base.weight, self.merged_delta()
-        self._unmerged = weight.data
-        weight.data = (weight.data.to(delta.dtype) + delta).to(weight.dtype)
-
-    def unmerge(self) -> None:
-        """Give `wo.weight` the values of before `merge`, bit by bit."""
-        if self._unmerged is not None:
-            weight = self.base.weight
-            weight.data = self._unmerged.to(weight.device, weight.dtype)
-            self._unmerged = None
-
-    def _is_merged_now(self) -> bool:
-        if self.merged and self.training and torch.is_grad_enabled():
-            raise RuntimeError("the adapters are merged into wo: unmerge() before training them")
-        return self.merged
 
     def keep_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the feed-forward module: remember its input."""
@@ -109,14 +68,14 @@ class SourceTail(_Tail):
         return out if residual is None else out + residual
 
     def merged_delta(self) -> Tensor:
-        """As in `_Tail`: `up·down` of a LoRA source."""
+        """As in `WrappedLinear`: `up·down` of a LoRA source."""
         adapter = self.adapter
         if adapter.activation != "identity" or adapter.down.bias is not None:
             raise ValueError(
                 "the source adapter has an activation and biases: only LoRA sources merge"
             )
-        _check_merges_into(self.base)
-        return _at_least_float(adapter.up.weight) @ _at_least_float(adapter.down.weight)
+        check_merges_into(self.base)
+        return at_least_float(adapter.up.weight) @ at_least_float(adapter.down.weight)
 
 
 class MixtureTail(_Tail):
@@ -184,7 +143,7 @@ class MixtureTail(_Tail):
         return drop_below(gate, state.gate_threshold)
 
     def merged_delta(self) -> Tensor:
-        """As in `_Tail`: of a single LoRA source, whose gate is always 1."""
+        """As in `WrappedLinear`: of a single LoRA source, whose gate is always 1."""
         mixture = self.mixture
         if self.gate is not None:
             raise ValueError(
@@ -193,8 +152,8 @@ class MixtureTail(_Tail):
             )
         if mixture.activation != "identity" or mixture.b_down is not None:
             raise ValueError("the sources have activations and biases: only LoRA sources merge")
-        _check_merges_into(self.base)
-        return _at_least_float(mixture.w_up).t() @ _at_least_float(mixture.w_down)
+        check_merges_into(self.base)
+        return at_least_float(mixture.w_up).t() @ at_least_float(mixture.w_down)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states [B, S, d_ff]` to `[B, S, d_model]`."""
@@ -205,17 +164,56 @@ class MixtureTail(_Tail):
         hidden_states, gate = self._gate_weights(hidden_states, state)
         if state.recording:
             state.gates[self.name] = gate
-        out = self.base(hidden_states)
         # A single source leaves nothing to select: the published code has no loss there either.
-        if state.wants_loss and self.gate is not None:
-            y, hidden = self.mixture.forward_with_hidden(hidden_states, gate, out)
-            y = y if residual is None else y + residual
-            z, loss = self._finish(y, gate, hidden, residual, state)
-            if state.recording:
-                state.losses[self.name] = loss
-            return z
-        y = out if self._is_merged_now() else self.mixture(hidden_states, gate, out)
-        return self._adapt_to_target(y if residual is None else y + residual, state)
+        wants_loss = state.wants_loss and self.gate is not None
+        y, hidden = self._mix(hidden_states, gate, wants_loss)
+        y = y if residual is None else y + residual
+        if hidden is None:
+            return self._adapt_to_target(y, state)
+        z, loss = self._finish(y, gate, hidden, residual, state)
+        if state.recording:
+            state.losses[self.name] = loss
+        return z
+
+    def _mix(
+        self, hidden_states: Tensor, gate: Tensor, with_hidden: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`wo` and the mixture, with the hidden units if asked for."""
+        base, mixture = self.base, self.mixture
+        if self._is_merged_now():
+            return base(hidden_states), None
+        # A layer with a forward of its own, or hooks, has to be called.
+        if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
+            return mixture.beside(base, hidden_states, gate, with_hidden=with_hidden)
+        out = base(hidden_states)
+        if with_hidden:
+            return mixture.forward_with_hidden(hidden_states, gate, out)
+        return mixture(hidden_states, gate, out), None
+
+    def stack(self) -> None:
+        """Make one matrix of `wo` and the down-projections where that saves a matmul.
+
+        Called again when the parameters have moved: nothing but speed depends on it.
+        """
+        weight = self.mixture.w_down
+        if self.merged or weight.is_meta:
+            return
+        if means_torch(self.mixture.impl, weight.device, weight.dtype):
+            stack_weights(self.base, self.mixture)
+
+    def release(self) -> None:
+        """As in `WrappedLinear`: `wo` gets memory of its own again."""
+        super().release()
+        unstack_weights(self.base, self.mixture)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MixtureTail:
+        super()._apply(fn, recurse)
+        self.stack()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.stack()
 
     def _finish(
         self,
@@ -233,7 +231,7 @@ class MixtureTail(_Tail):
                 z, gate, hidden, self.mixture.w_up, self.mixture.b_up,
                 residual=residual,
                 mask=state.decoder_mask if self.is_decoder else state.encoder_mask,
-                ranks=self.mixture.ranks,
+                ranks=self.mixture.ranks, impl=self.mixture.impl,
             )  # fmt: skip
             return z, loss
 
@@ -250,17 +248,3 @@ class MixtureTail(_Tail):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"name={self.name}, prompt_length={self.prompt_length}"
-
-
-def _check_merges_into(base: nn.Module) -> None:
-    weight = base.weight
-    if (
-        type(base) is not nn.Linear
-        or not isinstance(weight, Tensor)
-        or not weight.is_floating_point()
-    ):
-        raise ValueError(f"wo must be a plain nn.Linear to merge into, got {type(base).__name__}")
-
-
-def _at_least_float(weight: Tensor) -> Tensor:
-    return weight.detach() if weight.dtype == torch.float64 else weight.detach().float()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pemt_fast.ops.adapter_mixture import adapter_mixture, adapter_mixture_with_hidden
+from pemt_fast.ops.linear_mixture import linear_mixture
 
 
 class AdapterMixture(nn.Module):
@@ -117,6 +118,17 @@ class AdapterMixture(nn.Module):
             x, gate, self.w_down, self.w_up, self.b_down, self.b_up,
             activation=self.activation, base=base, impl=self.impl, ranks=self.ranks,
         )  # fmt: skip
+
+    def beside(
+        self, linear: nn.Linear, x: Tensor, gate: Tensor, *, with_hidden: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`linear(x)` plus the mixture, in one call; the hidden units `[..., N]` if asked for."""
+        found = linear_mixture(
+            x, linear.weight, gate, self.w_down, self.w_up, self.b_down, self.b_up,
+            activation=self.activation, bias=linear.bias, impl=self.impl, ranks=self.ranks,
+            with_hidden=with_hidden,
+        )  # fmt: skip
+        return found if isinstance(found, tuple) else (found, None)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
