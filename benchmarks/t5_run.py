@@ -22,7 +22,11 @@ from pemt_fast.ops.dispatch import auto_impl
 from pemt_fast.timing import ratio
 
 MATMULS = "matmuls"
-MEMORY_CALLS = 3  # their median: on the CPU one call is good to a tenth of so large an amount
+# Calls whose median is the memory: on the CPU one is good to a tenth of so large an amount.
+MEMORY_CALLS = 3
+# On the CPU, where a round takes up to half a minute: rounds by source tokens, if none are asked
+# for. The long case measures memory once.
+CPU_ROUNDS = {128: 5, 512: 3}
 _BASELINES = tuple(FORMS)
 Runs = dict[str, Callable[[], object]]
 
@@ -48,8 +52,18 @@ def checked(models: Models, expected: dict[str, Tensor], dtype: str) -> dict[str
     return found
 
 
+def rounds_of(case: T5Case, device: str) -> int | None:
+    """Rounds of a case if none are asked for; None for what the other suites do."""
+    return CPU_ROUNDS.get(case.source) if device == "cpu" else None
+
+
 def _time(
-    rows: dict[str, T5Row], runs: Runs, device: str, rounds: int | None, cell_s: float
+    rows: dict[str, T5Row],
+    runs: Runs,
+    device: str,
+    rounds: int | None,
+    cell_s: float,
+    memory_calls: int = MEMORY_CALLS,
 ) -> dict[str, list[float]]:
     """Times, ratios and, but for generation, memory of the rows."""
     seconds = time_interleaved(runs, device, rounds=rounds, cell_s=cell_s)
@@ -58,7 +72,7 @@ def _time(
         row.set_times(seconds[name])
         row.speedup = {b: ratio(seconds, b, name) for b in _BASELINES if b in seconds}
         if row.mode != GENERATE:
-            found = [peak_memory_mib(runs[name], device) for _ in range(MEMORY_CALLS)]
+            found = [peak_memory_mib(runs[name], device) for _ in range(memory_calls)]
             known = [peak for peak in found if peak is not None]
             row.peak_memory_mib = statistics.median(known) if known else None
     synchronize(device)
@@ -94,7 +108,9 @@ def measure_mode(
             continue
         row.deviation = verdict
         runs[name] = models.run(name, mode)
-    seconds = _time(rows, runs, device, rounds, cell_s)
+    rounds = rounds or rounds_of(case, device)
+    memory_calls = 1 if device == "cpu" and case.source > 128 else MEMORY_CALLS
+    seconds = _time(rows, runs, device, rounds, cell_s, memory_calls)
     for name in runs:
         row = rows[name]
         row.flop_share = case.share(mode)
