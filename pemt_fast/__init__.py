@@ -15,12 +15,24 @@ from pemt_fast.version import __version__
 _EXPORTS = {
     "AdapterModel": "pemt_fast.model",
     "AdapterTrainer": "pemt_fast.training.trainer",
+    "CPolyConfig": "pemt_fast.methods.poly",
+    "LinearAdapterModel": "pemt_fast.linear_model",
+    "LoraConfig": "pemt_fast.methods.lora",
+    "MixLoraConfig": "pemt_fast.methods.mix_lora",
+    "MoeLoraConfig": "pemt_fast.methods.lora",
+    "MtlLoraConfig": "pemt_fast.methods.lora",
+    "MultiLoraConfig": "pemt_fast.methods.lora",
     "PemtConfig": "pemt_fast.methods.pemt_config",
+    "PolyConfig": "pemt_fast.methods.poly",
+    "UNSEEN_TASK": "pemt_fast.nn.routing",
     "adapter_mixture": "pemt_fast.ops",
     "get_model": "pemt_fast.attach",
+    "export_peft_lora": "pemt_fast.interop.peft_files",
     "load": "pemt_fast.attach",
+    "load_peft": "pemt_fast.interop.peft_files",
     "load_published_pemt": "pemt_fast.interop.published_pemt",
     "published_names": "pemt_fast.interop.published_pemt",
+    "skill_mixture": "pemt_fast.ops.skill_mixture",
     "task_sparsity_loss": "pemt_fast.ops",
 }
 
@@ -28,10 +40,17 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
     from pemt_fast.attach import get_model, load
+    from pemt_fast.interop.peft_files import export_peft_lora, load_peft
     from pemt_fast.interop.published_pemt import load_published_pemt, published_names
+    from pemt_fast.linear_model import LinearAdapterModel
+    from pemt_fast.methods.lora import LoraConfig, MoeLoraConfig, MtlLoraConfig, MultiLoraConfig
+    from pemt_fast.methods.mix_lora import MixLoraConfig
     from pemt_fast.methods.pemt_config import PemtConfig
+    from pemt_fast.methods.poly import CPolyConfig, PolyConfig
     from pemt_fast.model import AdapterModel
+    from pemt_fast.nn.routing import UNSEEN_TASK
     from pemt_fast.ops import adapter_mixture, task_sparsity_loss
+    from pemt_fast.ops.skill_mixture import skill_mixture
     from pemt_fast.training.trainer import AdapterTrainer
 
 

@@ -1,30 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How adapters get onto a T5: `get_model` from a method's config, `load` from saved files.
+"""How adapters get onto a model: `get_model` from a method's config, `load` from saved files.
 
-What comes out is an `AdapterModel` (`model.py`). The methods are in `methods/`, the files are
-handled by `checkpoint.py`.
+What comes out is an `AdapterModel` (`model.py`) for PEMT and a `LinearAdapterModel`
+(`linear_model.py`) for all others. The methods are in `methods/`, the files are handled by
+`checkpoint.py`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pemt_fast import checkpoint
-from pemt_fast.model import AdapterModel
-from pemt_fast.t5 import T5Model, check_t5
+from pemt_fast.attached import AttachedModel
+
+Attached = TypeVar("Attached", bound=AttachedModel, covariant=True)
 
 
-class MethodConfig(Protocol):
+class MethodConfig(Protocol[Attached]):
     """What a method's config offers: it attaches itself and survives a trip through JSON."""
 
     def attach(
-        self, model: T5Model, tokenizer: PreTrainedTokenizerBase | None, *, reads_sources: bool
-    ) -> AdapterModel:
+        self, model: Any, tokenizer: PreTrainedTokenizerBase | None, *, reads_sources: bool
+    ) -> Attached:
         """Attach the method to `model`, reading what the config names if `reads_sources`."""
         ...
 
@@ -39,19 +41,19 @@ class MethodConfig(Protocol):
 
 
 def get_model(
-    model: T5Model, config: MethodConfig, tokenizer: PreTrainedTokenizerBase | None = None
-) -> AdapterModel:
-    """Attach a method to a T5 in place and return the wrapped model.
+    model: Any, config: MethodConfig[Attached], tokenizer: PreTrainedTokenizerBase | None = None
+) -> Attached:
+    """Attach a method to a model in place and return the wrapped model.
 
     Args:
-        model: A `T5ForConditionalGeneration` (v1.0, v1.1, FLAN-T5) or
-            `MT5ForConditionalGeneration`. Its own weights are never
-            changed; `unload()` gives it back untouched.
-        config: For example a `PemtConfig`.
-        tokenizer: Used to start the task prompt from the words of the task's description.
+        model: For PEMT a `T5ForConditionalGeneration` (v1.0, v1.1, FLAN-T5) or
+            `MT5ForConditionalGeneration`; for adapters on linear layers any model of transformers.
+            Its own weights are never changed; `unload()` gives it back untouched.
+        config: For example a `PemtConfig` or a `CPolyConfig`.
+        tokenizer: Used to start PEMT's task prompt from the words of the task's description.
 
     Raises:
-        TypeError: `model` is not a T5.
+        TypeError: the method is for T5 and `model` is not one.
         ValueError: something in the config does not fit the model.
         RuntimeError: the model carries adapters already.
     """
@@ -59,16 +61,13 @@ def get_model(
     return config.attach(model, tokenizer, reads_sources=True)
 
 
-def _check_free(model: T5Model) -> None:
-    check_t5(model)
+def _check_free(model: Any) -> None:
     if getattr(model, "_pemt_fast_attached", False):
         raise RuntimeError("model already carries pemt_fast adapters: unload() it first")
 
 
-def load(
-    model: T5Model, directory: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-) -> AdapterModel:
-    """Attach what `save_pretrained` wrote to `directory` to a freshly loaded T5.
+def load(model: Any, directory: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Any:
+    """Attach what `save_pretrained` wrote to `directory` to a freshly loaded model.
 
     Several directories of targets that share their sources make one model of all of them: in the
     order given, `task_ids` chooses the target of each sequence.
@@ -92,7 +91,7 @@ def load(
     return adapted
 
 
-def _read_several(directories: list[str]) -> tuple[MethodConfig, dict[str, Tensor]]:
+def _read_several(directories: list[str]) -> tuple[MethodConfig[Any], dict[str, Tensor]]:
     if not directories:
         raise ValueError("directory must name at least one directory, got an empty list")
     configs, weights = zip(*(checkpoint.read(d) for d in directories), strict=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AttachedModel`: what can be done with a T5 that carries adapters, apart from running it.
+"""`AttachedModel`: what can be done with a model that carries adapters, apart from running it.
 
-Switching them off, merging them, taking them away, saving and counting them. `AdapterModel`
-(`model.py`) adds the forward pass.
+Switching them off, merging them, taking them away, saving and counting them. The forward pass is
+added by `AdapterModel` (`model.py`, PEMT) and `LinearAdapterModel` (`linear_model.py`, all others).
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from pemt_fast import checkpoint
-from pemt_fast.nn.routing import Routing, unroute_checkpoints
-from pemt_fast.t5 import Attachment, T5Model, feed_forward_sites
+from pemt_fast.nn.routing import UNSEEN_TASK, Routing, unroute_checkpoints
+from pemt_fast.nn.wrapped_linear import WrappedLinear
+from pemt_fast.t5 import Attachment
 
 if TYPE_CHECKING:
     from pemt_fast.attach import MethodConfig
 
 
 class AttachedModel(nn.Module):
-    """A T5 with adapters.
+    """A model with adapters.
 
     Attributes:
-        base_model: The T5; its attributes (`config`, `generation_config`, …) are available here.
+        base_model: The model; its attributes (`config`, `generation_config`, …) are available here.
         adapter_config: The method's config, complete: building from it needs no other file.
     """
 
     def __init__(
         self,
-        base_model: T5Model,
-        adapter_config: MethodConfig,
+        base_model: Any,
+        adapter_config: MethodConfig[Any],
         routing: Routing,
         attachment: Attachment,
     ) -> None:
@@ -42,6 +43,7 @@ class AttachedModel(nn.Module):
         self.adapter_config = adapter_config
         self.routing = routing
         self._attachment = attachment
+        self._merged_task: int | None = None
         attachment.seal()
         base_model._pemt_fast_attached = True
 
@@ -59,9 +61,23 @@ class AttachedModel(nn.Module):
         """Names of the tasks; `task_ids` are their numbers in this order."""
         return self.adapter_config.tasks
 
+    def task_number(self, task: int | str | None) -> int:
+        """The number of a task given by number or name; of the only one if none is given.
+
+        Raises:
+            ValueError: there is no such task, or there are several and none is given.
+        """
+        if task is None and len(self.tasks) == 1:
+            return 0
+        if isinstance(task, str) and task in self.tasks:
+            return self.tasks.index(task)
+        if isinstance(task, int) and UNSEEN_TASK <= task < len(self.tasks):
+            return task
+        raise ValueError(f"task must be one of {list(self.tasks)}, got {task!r}")
+
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside the block the model computes what the untouched T5 computes."""
+        """Inside the block the model computes what the untouched model computes."""
         if not self.routing.enabled:
             yield
             return
@@ -75,49 +91,56 @@ class AttachedModel(nn.Module):
             self.routing.enabled = True
             self._attachment.swap_parameters()
             if merged:
-                self.merge()
+                self.merge(self._merged_task)
 
-    def _tails(self) -> list[Any]:
-        return [site.feed_forward.wo for site in feed_forward_sites(self.base_model)]
+    def _layers(self) -> list[WrappedLinear]:
+        return [m for m in self.base_model.modules() if isinstance(m, WrappedLinear)]
 
     @property
     def merged(self) -> bool:
-        """Whether the adapters are in T5's own weights."""
-        return any(tail.merged for tail in self._tails())
+        """Whether the adapters are in the model's own weights."""
+        return any(layer.merged for layer in self._layers())
 
-    def merge(self) -> None:
-        """Add the adapters to the weights of `wo`, so that they cost nothing at inference.
+    def merge(self, task: int | str | None = None) -> None:
+        """Add the adapters to the weights they stand beside, so that they cost nothing any more.
 
         Exact up to the rounding of the weights, and possible where nothing depends on the input:
-        LoRA sources in stage 1, a single LoRA source in stage 2. The prompt and the target adapter
-        stay as they are. `unmerge`, `unload` and `disabled` restore the old weights bit by bit.
+        for one task of LoRA and its mixtures, for LoRA sources in stage 1 of PEMT, for a single
+        LoRA source in stage 2 (prompt and target adapter stay as they are). `unmerge`, `unload`
+        and `disabled` restore the old weights bit by bit.
+
+        Args:
+            task: Number or name of the task; needed where the model has several.
 
         Raises:
             ValueError: something does not merge; the message says what, and nothing is changed.
         """
-        tails = [tail for tail in self._tails() if not tail.merged]
-        for tail in tails:
-            tail.merged_delta()
-        for tail in tails:
-            tail.merge()
+        task = None if task is None else self.task_number(task)
+        if self.merged and task != self._merged_task:
+            raise ValueError(f"task {self._merged_task} is merged already: unmerge() it first")
+        layers = [layer for layer in self._layers() if not layer.merged]
+        for layer in layers:
+            layer.merged_delta(task)
+        for layer in layers:
+            layer.merge(task)
+        self._merged_task = task
 
     def unmerge(self) -> None:
         """Undo `merge`; without one, nothing."""
-        for tail in self._tails():
-            tail.unmerge()
+        for layer in self._layers():
+            layer.unmerge()
 
-    def unload(self) -> T5Model:
-        """Remove everything that was attached and return the untouched T5."""
-        for tail in self._tails():
-            tail.release()
+    def unload(self) -> Any:
+        """Remove everything that was attached and return the untouched model."""
+        for layer in self._layers():
+            layer.release()
         self._attachment.undo()
-        for stack in (self.base_model.encoder, self.base_model.decoder):
-            unroute_checkpoints(stack.block)
+        unroute_checkpoints(self.base_model.modules())
         del self.base_model._pemt_fast_attached
         return self.base_model
 
     def save_pretrained(self, directory: str | os.PathLike[str], **kwargs: object) -> None:
-        """Write the adapters (not the T5) to `directory`, complete: `load` needs nothing else.
+        """Write the adapters (not the model) to `directory`, complete: `load` needs nothing else.
 
         Safetensors and a JSON config, each written under a temporary name and renamed.
         """

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,16 @@ WEIGHTS_FILE = "pemt_fast_model.safetensors"
 FORMAT = 1
 
 # Method name in the config file -> module and class of its config.
-_METHODS = {"pemt": ("pemt_fast.methods.pemt_config", "PemtConfig")}
+_METHODS = {
+    "pemt": ("pemt_fast.methods.pemt_config", "PemtConfig"),
+    "lora": ("pemt_fast.methods.lora", "LoraConfig"),
+    "multi_lora": ("pemt_fast.methods.lora", "MultiLoraConfig"),
+    "moe_lora": ("pemt_fast.methods.lora", "MoeLoraConfig"),
+    "mtl_lora": ("pemt_fast.methods.lora", "MtlLoraConfig"),
+    "mix_lora": ("pemt_fast.methods.mix_lora", "MixLoraConfig"),
+    "poly": ("pemt_fast.methods.poly", "PolyConfig"),
+    "c_poly": ("pemt_fast.methods.poly", "CPolyConfig"),
+}
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -69,7 +78,7 @@ def write(model: AttachedModel, directory: str | os.PathLike[str]) -> None:
     replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text))
 
 
-def read_config(directory: str | os.PathLike[str]) -> tuple[MethodConfig, str]:
+def read_config(directory: str | os.PathLike[str]) -> tuple[MethodConfig[Any], str]:
     """The method's config in `directory` and the digest of its text."""
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
@@ -106,7 +115,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path}: truncated or damaged ({error})") from error
 
 
-def read(directory: str | os.PathLike[str]) -> tuple[MethodConfig, dict[str, Tensor]]:
+def read(directory: str | os.PathLike[str]) -> tuple[MethodConfig[Any], dict[str, Tensor]]:
     """Config and tensors of a saved model."""
     config, digest = read_config(directory)
     path = Path(directory) / WEIGHTS_FILE

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from pemt_fast.nn.routing import UNSEEN_TASK
+
 # One id or name per sequence of the batch.
 TaskIds: TypeAlias = Tensor | Sequence[int] | Sequence[str]
 
@@ -16,9 +18,16 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def read_task_ids(
-    task_ids: TaskIds | None, tasks: Sequence[str], batch: int, device: torch.device
+    task_ids: TaskIds | None,
+    tasks: Sequence[str],
+    batch: int,
+    device: torch.device,
+    *,
+    knows_unseen: bool = False,
 ) -> Tensor | None:
     """The task of each sequence as `[B]` int64 on `device`; None where there is only one task.
+
+    With `knows_unseen`, `UNSEEN_TASK` is an id like any other.
 
     Values are checked where that waits for nothing: not those of a tensor on a GPU, whose own
     indexing asserts them, and not while compiling.
@@ -43,10 +52,12 @@ def read_task_ids(
             f"task_ids must have shape [B] = [{batch}], one per sequence, "
             f"got {list(task_ids.shape)}"
         )
+    least = UNSEEN_TASK if knows_unseen else 0
     looks = task_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and batch and not 0 <= int(task_ids.min()) <= int(task_ids.max()) < len(tasks):
-        raise ValueError(f"task_ids must be among {known}; got {task_ids.tolist()}")
-    return task_ids.to(device, torch.int64) if len(tasks) > 1 else None
+    if looks and batch and not least <= int(task_ids.min()) <= int(task_ids.max()) < len(tasks):
+        unseen = f", or {UNSEEN_TASK} for one that was not trained" if knows_unseen else ""
+        raise ValueError(f"task_ids must be among {known}{unseen}; got {task_ids.tolist()}")
+    return task_ids.to(device, torch.int64) if len(tasks) > 1 or knows_unseen else None
 
 
 def _number(task: int | str, tasks: Sequence[str], known: str) -> int:

@@ -55,7 +55,7 @@ class AdapterModel(AttachedModel):
     def __init__(
         self,
         base_model: T5Model,
-        adapter_config: MethodConfig,
+        adapter_config: MethodConfig[Any],
         prompt: CorrelationPrompt | TargetPrompts,
         routing: Routing,
         attachment: Attachment,

@@ -26,7 +26,7 @@ from pemt_fast.nn.mixture import AdapterMixture
 from pemt_fast.nn.prompts import CorrelationPrompt, TargetPrompts
 from pemt_fast.nn.routing import Routing
 from pemt_fast.nn.targets import TargetGates, TargetNorm
-from pemt_fast.t5 import Attachment, T5Model, feed_forward_sites, layer_norm_sites
+from pemt_fast.t5 import Attachment, T5Model, check_t5, feed_forward_sites, layer_norm_sites
 
 
 def attach(
@@ -43,6 +43,7 @@ def attach(
         tokenizer: For the prompt's length and first values.
         sources: Trained sources in memory, instead of the directories.
     """
+    check_t5(model)
     plan = make_plan(model, config, tokenizer, sources)
     config = plan.config
     embedding = model.get_input_embeddings().weight

@@ -67,7 +67,7 @@ class SourceTail(_Tail):
         out = self.adapter(hidden_states, out)
         return out if residual is None else out + residual
 
-    def merged_delta(self) -> Tensor:
+    def merged_delta(self, task: int | None = None) -> Tensor:
         """As in `WrappedLinear`: `up·down` of a LoRA source."""
         adapter = self.adapter
         if adapter.activation != "identity" or adapter.down.bias is not None:
@@ -142,7 +142,7 @@ class MixtureTail(_Tail):
             return gate
         return drop_below(gate, state.gate_threshold)
 
-    def merged_delta(self) -> Tensor:
+    def merged_delta(self, task: int | None = None) -> Tensor:
         """As in `WrappedLinear`: of a single LoRA source, whose gate is always 1."""
         mixture = self.mixture
         if self.gate is not None:

@@ -103,10 +103,20 @@ class AdapterMixture(nn.Module):
                 )
             own.copy_(given)
 
-    def forward(self, x: Tensor, gate: Tensor, base: Tensor | None = None) -> Tensor:
-        """`x [..., D]`, `gate` as in `adapter_mixture`; returns `[..., H]`."""
+    def forward(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        base: Tensor | None = None,
+        *,
+        w_up: Tensor | None = None,
+    ) -> Tensor:
+        """`x [..., D]`, `gate` as in `adapter_mixture`; returns `[..., H]`.
+
+        `w_up [N, H]` stands for the parameter where something is made of it first.
+        """
         return adapter_mixture(
-            x, gate, self.w_down, self.w_up, self.b_down, self.b_up,
+            x, gate, self.w_down, self.w_up if w_up is None else w_up, self.b_down, self.b_up,
             activation=self.activation, base=base, impl=self.impl, ranks=self.ranks,
         )  # fmt: skip
 

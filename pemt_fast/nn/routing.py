@@ -19,6 +19,9 @@ from torch import Tensor
 
 from pemt_fast.nn.gates import pool_prompt
 
+# The id of a task that was not trained, for methods that have an answer to it.
+UNSEEN_TASK = -1
+
 REENTRANT = (
     "gradient checkpointing with use_reentrant=True loses the gradient of the Task Sparsity Loss "
     'and of the decoder gates; use gradient_checkpointing_kwargs={"use_reentrant": False}'
@@ -136,17 +139,19 @@ class RoutedCheckpoint:
         return self.checkpoint(run, *args)
 
 
-def route_checkpoints(blocks: Iterable[Any], routing: Routing) -> None:
-    """Let the recomputed ones of T5's `blocks` see the routing state of their own forward pass.
+def route_checkpoints(
+    blocks: Iterable[Any], routing: Routing, *, takes_reentrant: bool = False
+) -> None:
+    """Let the recomputed ones of a model's `blocks` see the routing state of their forward pass.
 
     Raises:
-        ValueError: they are checkpointed in the re-entrant form.
+        ValueError: they are checkpointed in the re-entrant form, and the caller does not take it.
     """
     for block in blocks:
         function = getattr(block, "_gradient_checkpointing_func", None)
         if function is None or isinstance(function, RoutedCheckpoint):
             continue
-        if getattr(function, "keywords", {}).get("use_reentrant"):
+        if not takes_reentrant and getattr(function, "keywords", {}).get("use_reentrant"):
             raise ValueError(REENTRANT)
         block._gradient_checkpointing_func = RoutedCheckpoint(function, routing)
 

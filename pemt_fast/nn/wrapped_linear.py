@@ -39,8 +39,8 @@ class WrappedLinear(nn.Module):
         """That of the layer."""
         return self.base.bias
 
-    def merged_delta(self) -> Tensor:
-        """What `merge` adds to the weight, `[H, D]`, at least float32.
+    def merged_delta(self, task: int | None = None) -> Tensor:
+        """What `merge` adds to the weight for a task, `[H, D]`, at least float32.
 
         Raises:
             ValueError: it depends on the input, or is not linear; the message says which.
@@ -53,9 +53,9 @@ class WrappedLinear(nn.Module):
         return self._unmerged is not None
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, task: int | None = None) -> None:
         """Add the adapters to the weight; the old values are kept for `unmerge`."""
-        weight, delta = self.base.weight, self.merged_delta()
+        weight, delta = self.base.weight, self.merged_delta(task)
         self._unmerged = weight.data
         weight.data = (weight.data.to(delta.dtype) + delta).to(weight.dtype)
 

@@ -11,12 +11,14 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import Seq2SeqTrainer
 
 from pemt_fast import checkpoint
+from pemt_fast.training.task_sampler import TaskSampler
 
 logger = logging.getLogger("pemt_fast")
 
@@ -25,7 +27,45 @@ _LAST_FILE = "trainer_state.json"
 
 
 class AdapterTrainer(Seq2SeqTrainer):
-    """`Seq2SeqTrainer` for an `AdapterModel`."""
+    """`Seq2SeqTrainer` for what `get_model` returns.
+
+    Where the method's config has a `router_learning_rate`, the weights of the skills are trained at
+    that rate and without weight decay, everything else as the arguments say.
+
+    Args:
+        *args: As in `Seq2SeqTrainer`.
+        task_temperature: Draw batches that mix the tasks of the data set's column `task_ids` at
+            this temperature (`task_sampler.py`); None for transformers' order.
+        **kwargs: As in `Seq2SeqTrainer`.
+    """
+
+    def __init__(self, *args: Any, task_temperature: float | None = None, **kwargs: Any) -> None:
+        self.task_temperature = task_temperature
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.task_temperature is None or dataset is None:
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = dataset
+        task_ids = [row["task_ids"] for row in rows]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return TaskSampler(task_ids, temperature=self.task_temperature, seed=seed)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in transformers, with a group of its own for the routers."""
+        known = self.optimizer
+        optimizer = super().create_optimizer(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        rate = getattr(getattr(model, "adapter_config", None), "router_learning_rate", None)
+        if known is None and rate is not None:
+            own = {id(parameter) for parameter in model.router_parameters()}
+            moved = []
+            for group in optimizer.param_groups:
+                moved += [p for p in group["params"] if id(p) in own]
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+            optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

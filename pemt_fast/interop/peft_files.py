@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA and Poly directories of `peft`: one task written as a LoRA, both read.
+
+Neither needs peft to be installed. Written as peft 0.21 writes them: `adapter_config.json` and
+`adapter_model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pemt_fast.attach import get_model
+from pemt_fast.checkpoint import read_tensors, replace_file
+from pemt_fast.linear_model import LinearAdapterModel
+from pemt_fast.methods.lora import LoraConfig
+from pemt_fast.methods.poly import PolyConfig
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# What changes the arithmetic of a LoRA and has no counterpart here, with the value that means no.
+_REFUSED: dict[str, Any] = {
+    "use_dora": False, "use_rslora": False, "bias": "none", "lora_bias": False,
+    "modules_to_save": None, "alpha_pattern": {}, "fan_in_fan_out": False,
+    "layer_replication": None,
+}  # fmt: skip
+
+
+def export_peft_lora(
+    model: LinearAdapterModel, directory: str | os.PathLike[str], task: int | str | None = None
+) -> None:
+    """Write the adapters of one task as a plain LoRA that `peft.PeftModel.from_pretrained` loads.
+
+    A mixture of adapters is the LoRA of their stacked factors: the weights and the scale go into
+    `lora_B`, adapters of weight 0 are left out. Poly's averages are one pair.
+
+    Args:
+        model: With a method on linear layers.
+        directory: Created if needed; both files are written under temporary names and renamed.
+        task: Number or name of the task, or `UNSEEN_TASK`; needed where the model has several.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    number = model.task_number(task)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, layer in model.adapted_layers().items():
+        down, up = layer.factors(number)
+        used = (up != 0).any(1)
+        if bool(used.any()):
+            down, up = down[used], up[used]
+        else:  # peft has no LoRA of rank 0
+            down, up = down[:1], up[:1]
+        dtype = next(p.dtype for n, p in layer.named_parameters() if not n.startswith("base."))
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = down.to(dtype).contiguous().cpu()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = up.t().to(dtype).contiguous().cpu()
+        ranks[name] = len(down)
+    most = max(ranks.values())
+    other = {name: rank for name, rank in ranks.items() if rank != most}
+    seq2seq = bool(getattr(model.base_model.config, "is_encoder_decoder", False))
+    config = {
+        "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
+        "r": most, "lora_alpha": most, "rank_pattern": other, "alpha_pattern": other,
+        "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "target_modules": sorted(ranks),
+        "base_model_name_or_path": getattr(model.base_model.config, "_name_or_path", "") or None,
+    }  # fmt: skip
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
+    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text))
+
+
+def load_peft(model: Any, directory: str | os.PathLike[str]) -> LinearAdapterModel:
+    """Attach a LoRA or Poly that peft wrote to a freshly loaded model.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: another kind of adapter, an option without counterpart, or tensors that do not
+            fit; the message names it, and the model is left as it was.
+    """
+    folder = Path(directory)
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file written by peft's save_pretrained")
+    saved = json.loads(path.read_text())
+    tensors, _ = read_tensors(folder / WEIGHTS_FILE)
+    kind = saved.get("peft_type")
+    targets = saved.get("target_modules")
+    targets = tuple(targets) if isinstance(targets, list) else targets
+    if kind == "LORA":
+        config: LoraConfig | PolyConfig = _lora_config(saved, targets, path)
+    elif kind == "POLY":
+        config = PolyConfig(
+            saved["n_tasks"], num_skills=saved["n_skills"], num_splits=saved["n_splits"],
+            r=saved["r"], target_modules=targets,
+        )  # fmt: skip
+    else:
+        raise ValueError(f"{path}: peft_type must be LORA or POLY, got {kind!r}")
+    adapted = get_model(model, config)
+    try:
+        _assign(adapted, tensors, folder / WEIGHTS_FILE, poly=kind == "POLY")
+    except ValueError:
+        adapted.unload()
+        raise
+    return adapted
+
+
+def _lora_config(saved: dict[str, Any], targets: Any, path: Path) -> LoraConfig:
+    for name, default in _REFUSED.items():
+        if (saved.get(name) or default) != default:
+            raise ValueError(f"{path}: {name} = {saved[name]!r} has no counterpart here")
+    if saved.get("rank_pattern"):
+        raise ValueError(f"{path}: rank_pattern, ranks that differ by layer, has no counterpart")
+    return LoraConfig(
+        r=saved["r"], alpha=saved["lora_alpha"], dropout=saved.get("lora_dropout") or 0.0,
+        target_modules=targets,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _assign(
+    model: LinearAdapterModel, tensors: dict[str, Tensor], path: Path, *, poly: bool
+) -> None:
+    """Copy peft's tensors into our parameters; nothing may be missing, left over or misfit."""
+    own: dict[str, tuple[Tensor, Any]] = {}
+    for name, layer in model.adapted_layers().items():
+        prefix = _PREFIX + name
+        parts: Any = layer
+        if poly:
+            own[f"{prefix}.poly_lora_A"] = parts.a, lambda t: t.transpose(-1, -2)
+            own[f"{prefix}.poly_lora_B"] = parts.b, lambda t: t
+            own[f"{prefix}.poly_router.module_logits"] = parts.router.logits, lambda t: t
+        else:
+            own[f"{prefix}.lora_A.weight"] = parts.mixture.w_down, lambda t: t
+            own[f"{prefix}.lora_B.weight"] = parts.mixture.w_up, lambda t: t.t()
+    if missing := sorted(own.keys() ^ tensors.keys()):
+        raise ValueError(f"{path}: does not fit this model, see {missing[:3]}")
+    for name, (parameter, turn) in own.items():
+        if turn(tensors[name]).numel() != parameter.numel():
+            raise ValueError(
+                f"{path}: {name} must have {parameter.numel()} elements for this model, "
+                f"got {tensors[name].numel()}"
+            )
+    for name, (parameter, turn) in own.items():
+        parameter.copy_(turn(tensors[name]).reshape(parameter.shape))
