@@ -160,9 +160,9 @@ class LinearAdapterModel(AttachedModel):
         activation_checkpointing_kwargs: dict[str, object] | None = None,
         **kwargs: object,
     ) -> None:
-        """As in transformers, in both forms; re-entrant if that is not said otherwise there."""
+        """As in transformers, in both forms."""
         options = activation_checkpointing_kwargs or {}
-        if options.get("use_reentrant", True):
+        if options.get("use_reentrant"):
             # Frozen embeddings would leave the re-entrant form without a gradient.
             self.base_model.enable_input_require_grads()
         if hasattr(self.base_model, "activation_checkpointing_enable"):

@@ -55,7 +55,7 @@ def shared_golden() -> Path:
 
 # Triton's interpreter takes about a hundred times as long as a kernel: of each test so many of its
 # cases, evenly spread. TRITON_CASES=all runs every one.
-INTERPRETED_CASES = os.environ.get("TRITON_CASES", "10")
+INTERPRETED_CASES = os.environ.get("TRITON_CASES", "6")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,6 +9,8 @@ from golden_cases import CASES, load_case
 from transformers import T5ForConditionalGeneration
 
 import pemt_fast
+from pemt_fast.nn.feed_forward_tail import MixtureTail
+from pemt_fast.nn.stacking import is_stacked
 
 # Of golden/README.md. Float64: transformers keeps float32 inside the layer norms and the softmax.
 TOLERANCE = {
@@ -17,10 +19,30 @@ TOLERANCE = {
 }
 
 
-@pytest.fixture(scope="module", params=[(c, d) for c in CASES for d in TOLERANCE], ids=str)
+# Ways through a feed-forward tail: `auto` is the C++ kernels where they are built, `stacked` one
+# matmul for wo and the down-projections, `recompute` target adapter and loss computed twice.
+WAYS = ("auto", "stacked", "recompute")
+
+
+def take(model, way):
+    for module in model.modules():
+        if way == "stacked" and hasattr(module, "impl"):
+            module.impl = "torch"
+        if way == "recompute" and hasattr(module, "recompute"):
+            module.recompute = True
+    for tail in (m for m in model.modules() if isinstance(m, MixtureTail)):
+        tail.stack()
+        if way == "stacked":
+            assert is_stacked(tail.base, tail.mixture)
+
+
+@pytest.fixture(
+    scope="module", params=[(c, d, w) for c in CASES for d in TOLERANCE for w in WAYS], ids=str
+)
 def run(request):
-    case, dtype = request.param
+    case, dtype, way = request.param
     model, meta, inputs, reference = load_case(case, dtype)
+    take(model, way)
     out = model(**inputs, output_gates=True, output_hidden_states=True)
     out.loss.backward()
     return model, meta, reference, out, TOLERANCE[dtype]
