@@ -75,6 +75,23 @@ class AttachedModel(nn.Module):
             return task
         raise ValueError(f"task must be one of {list(self.tasks)}, got {task!r}")
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, object] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """As in transformers, whose older versions have it under its older name only."""
+        name = "activation_checkpointing_enable"
+        if not hasattr(self.base_model, name):
+            name = "gradient_checkpointing_enable"
+        getattr(self.base_model, name)(activation_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, object] | None = None
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside the block the model computes what the untouched model computes."""

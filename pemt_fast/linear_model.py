@@ -17,8 +17,7 @@ from pemt_fast.attached import AttachedModel
 from pemt_fast.inputs import TaskIds, read_task_ids
 from pemt_fast.nn.adapted_linear import AdaptedLinear
 from pemt_fast.nn.routers import Router
-from pemt_fast.nn.routing import Routing, RoutingState, route_checkpoints
-from pemt_fast.t5 import Attachment
+from pemt_fast.nn.routing import RoutingState, route_checkpoints
 
 if TYPE_CHECKING:
     from pemt_fast.methods.linear_config import LinearConfig
@@ -35,15 +34,6 @@ class LinearAdapterModel(AttachedModel):
     accepts_loss_kwargs = False
 
     adapter_config: LinearConfig
-
-    def __init__(
-        self,
-        base_model: Any,
-        adapter_config: LinearConfig,
-        routing: Routing,
-        attachment: Attachment,
-    ) -> None:
-        super().__init__(base_model, adapter_config, routing, attachment)
 
     def _new_state(
         self, task_ids: TaskIds | None, batch: int, device: torch.device
@@ -165,24 +155,13 @@ class LinearAdapterModel(AttachedModel):
         if options.get("use_reentrant"):
             # Frozen embeddings would leave the re-entrant form without a gradient.
             self.base_model.enable_input_require_grads()
-        if hasattr(self.base_model, "activation_checkpointing_enable"):
-            self.base_model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs, **kwargs
-            )
-        else:
-            self.base_model.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
         self._route_checkpoints()
 
     def _route_checkpoints(self) -> None:
         # The re-entrant form loses the gradient of an auxiliary loss.
         takes_reentrant = self.adapter_config.aux_weight == 0
         route_checkpoints(self.base_model.modules(), self.routing, takes_reentrant=takes_reentrant)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, object] | None = None
-    ) -> None:
-        """The older name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
 
 def _batch_of(given: dict[str, Any]) -> tuple[int, torch.device]:

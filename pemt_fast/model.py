@@ -237,13 +237,4 @@ class AdapterModel(AttachedModel):
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if options["use_reentrant"]:
             raise ValueError(REENTRANT)
-        if hasattr(self.base_model, "activation_checkpointing_enable"):
-            self.base_model.activation_checkpointing_enable(options, **kwargs)
-        else:
-            self.base_model.gradient_checkpointing_enable(options, **kwargs)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, object] | None = None
-    ) -> None:
-        """The older name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        super().activation_checkpointing_enable(options, **kwargs)

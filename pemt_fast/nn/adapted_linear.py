@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pemt_fast.nn.mixture import AdapterMixture
-from pemt_fast.nn.routers import Router
+from pemt_fast.nn.routers import Router, wide
 from pemt_fast.nn.routing import UNSEEN_TASK, Routing, RoutingState
 from pemt_fast.nn.wrapped_linear import WrappedLinear, at_least_float, check_merges_into
 from pemt_fast.ops.skill_mixture import skill_mixture
@@ -248,8 +248,7 @@ class MtlLoraLinear(AdaptedLinear):
             down = self.transforms.unsqueeze(-1) * self.a
         else:
             down = self.transforms @ self.a
-        wide = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
-        weights = torch.softmax(wide / self.temperature, -1).to(self.b.dtype)
+        weights = torch.softmax(wide(self.logits) / self.temperature, -1).to(self.b.dtype)
         return down, torch.einsum("tn,nrh->trh", weights, self.b)
 
     def adapt(self, x: Tensor, base: Tensor, state: RoutingState) -> Tensor:

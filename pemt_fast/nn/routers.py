@@ -71,7 +71,7 @@ class SkillRouter(Router):
 
     def table(self) -> Tensor:
         """`[T, K]`, with splits `[T, P, K]`."""
-        return self._weights(_wide(self.logits))
+        return self._weights(wide(self.logits))
 
     def _weights(self, logits: Tensor) -> Tensor:
         chosen = torch.sigmoid(logits)
@@ -82,7 +82,7 @@ class SkillRouter(Router):
         """As in `Router`; one row per sequence where there is noise."""
         if not (self.training and self.noise):
             return super().forward(task_ids, rows)
-        logits = _wide(self.logits)
+        logits = wide(self.logits)
         if task_ids is None:
             task_ids = torch.zeros(rows, dtype=torch.int64, device=logits.device)
         # F.embedding adds up the gradients of a task's rows in a fixed order; an index would not.
@@ -126,7 +126,7 @@ class CustomizedRouter(Router):
 
     def table(self) -> Tensor:
         """`[T, A + T·B]`."""
-        specific = _wide(self.specific)
+        specific = wide(self.specific)
         if self.common is None:
             return specific
         return torch.cat([self.common.table(), specific], -1)
@@ -145,7 +145,7 @@ class CustomizedRouter(Router):
         if self.common is None or not (self.training and self.common.noise):
             return super().forward(task_ids, rows)
         common, _ = self.common(task_ids, rows)
-        specific = _wide(self.specific)
+        specific = wide(self.specific)
         if task_ids is None:
             specific = specific.expand(rows, -1)
         else:
@@ -177,10 +177,11 @@ class TaskEmbeddingRouter(Router):
 
     def table(self) -> Tensor:
         """`[T, E]`."""
-        return torch.softmax(_wide(self.embedding[:-1]) @ _wide(self.w_gate).t(), -1)
+        return torch.softmax(wide(self.embedding[:-1]) @ wide(self.w_gate).t(), -1)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, float64 as it is; differentiable."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -1,7 +1,9 @@
 """Tiny models with adapters on their linear layers, for the tests of those methods."""
 
+import dataclasses
+
 import torch
-from t5_factory import VOCAB, tiny_t5
+from t5_factory import VOCAB, randomise, tiny_t5
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pemt_fast
@@ -60,15 +62,6 @@ def tiny_inputs(kind: str, rows: int = 4):
 
 def adapted(method: str, kind: str = "t5", *, random: bool = True, **changes):
     """A tiny model with a method on it, whose adapters do something."""
-    import dataclasses
-
     config = dataclasses.replace(METHODS[method](), **changes)
     model = pemt_fast.get_model(tiny_model(kind), config)
-    if random:
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                    parameter.add_(0.3 * noise.to(parameter.dtype))
-    return model
+    return randomise(model, scale=0.3) if random else model

@@ -63,12 +63,12 @@ def pemt_config(**changes):
     return pemt_fast.PemtConfig(**{**values, **changes})
 
 
-def randomise(model, seed: int = 3):
+def randomise(model, seed: int = 3, scale: float = 0.2):
     """Give every trained parameter a value that matters: gates start at zero otherwise."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(0.2 * noise.to(parameter.dtype))
+                parameter.add_(scale * noise.to(parameter.dtype))
     return model
