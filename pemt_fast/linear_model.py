@@ -35,6 +35,11 @@ class LinearAdapterModel(AttachedModel):
 
     adapter_config: LinearConfig
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        for name, layer in self.adapted_layers().items():
+            layer.name = name
+
     def _new_state(
         self, task_ids: TaskIds | None, batch: int, device: torch.device
     ) -> RoutingState:
@@ -104,8 +109,14 @@ class LinearAdapterModel(AttachedModel):
             **kwargs: Passed to the model's `generate`.
         """
         given = {"input_ids": input_ids, "inputs_embeds": kwargs.get("inputs_embeds")}
-        state = self._new_state(task_ids, *_batch_of(given))
+        rows, device = _batch_of(given)
+        state = self._new_state(task_ids, rows, device)
         state.generating, state.recording = True, False
+        if self.routing.enabled and not self.merged and not self.training:
+            # Noise is new in every step of training; without it every step would make the same.
+            for name, layer in self.adapted_layers().items():
+                if (prepared := layer.prepare(state, rows)) is not None:
+                    state.prepared[name] = prepared
         with self.routing.use(state):
             return self.base_model.generate(input_ids, **kwargs)
 

@@ -9,6 +9,7 @@ from linear_models import METHODS, MODELS, SHARED, TASKS, adapted, tiny_inputs, 
 
 import pemt_fast
 from pemt_fast.nn.adapted_linear import AdaptedLinear
+from pemt_fast.nn.routers import Router
 from pemt_fast.nn.routing import RoutingState
 
 MIXED = [2, 0, 1, 0]
@@ -146,6 +147,30 @@ def test_generation_equals_one_task_at_a_time(method, kind, options):
         alone = run([task] * 4)
         for row in (b for b, t in enumerate(MIXED) if t == task):
             assert torch.equal(mixed[row], alone[row])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("beams", [1, 3])
+@every_method
+def test_generation_asks_the_routers_once(method, beams, kind, monkeypatch):
+    """And makes the tokens of the forward pass, which asks them every time."""
+    model, inputs = adapted(method, kind), tiny_inputs(kind)
+    del inputs["labels"]
+    task_ids = [2, pemt_fast.UNSEEN_TASK, 0, 1]
+    options = {"max_new_tokens": 6, "num_beams": beams, "suppress_tokens": [0, 1]}
+    calls = []
+
+    def counted(self, *args, _forward=Router._select):
+        calls.append(self)
+        return _forward(self, *args)
+
+    monkeypatch.setattr(Router, "_select", counted)
+    prepared = model.generate(**inputs, task_ids=task_ids, **options)
+    routers = [getattr(layer, "router", None) for layer in layers_of(model)]
+    assert len(calls) == sum(router is not None for router in routers)
+    for layer in layers_of(model):
+        monkeypatch.setattr(layer, "name", "nothing is prepared under this name")
+    assert torch.equal(model.generate(**inputs, task_ids=task_ids, **options), prepared)
 
 
 # --- what breaks elsewhere -----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA and the mixtures of it that C-Poly and PEML are compared with.
 
-Formulas and sources are in `nn/adapted_linear.py` and `nn/routers.py`.
+Formulas and sources are in `nn/adapted_linear.py`, `nn/skill_linear.py` and `nn/routers.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,10 @@ from typing import ClassVar
 from torch import nn
 
 from pemt_fast.methods.linear_config import LinearConfig
-from pemt_fast.nn.adapted_linear import (
-    AdaptedLinear,
-    MixtureLinear,
-    MtlLoraLinear,
-    MultiLoraLinear,
-)
+from pemt_fast.nn.adapted_linear import AdaptedLinear, MixtureLinear, MultiLoraLinear
 from pemt_fast.nn.routers import TaskEmbeddingRouter
 from pemt_fast.nn.routing import Routing
+from pemt_fast.nn.skill_linear import MtlLoraLinear
 
 
 @dataclass(frozen=True, kw_only=True)

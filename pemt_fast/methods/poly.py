@@ -3,7 +3,7 @@
 
 Poly (Ponti et al., 2023), MHR (Caccia et al., 2023: Poly with splits) and C-Poly (Wang et al.,
 "Customizable Combination of Parameter-Efficient Modules for Multi-Task Learning", ICLR 2024).
-Formulas: `nn/adapted_linear.py`, `nn/routers.py`. C-Poly has no published code; what its
+Formulas: `nn/skill_linear.py`, `nn/routers.py`. C-Poly has no published code; what its
 description leaves open is chosen here, and said.
 """
 
@@ -15,9 +15,10 @@ from typing import ClassVar
 from torch import nn
 
 from pemt_fast.methods.linear_config import LinearConfig
-from pemt_fast.nn.adapted_linear import AdaptedLinear, MixtureLinear, SkillLinear
+from pemt_fast.nn.adapted_linear import AdaptedLinear, MixtureLinear
 from pemt_fast.nn.routers import CustomizedRouter, SkillRouter
 from pemt_fast.nn.routing import Routing
+from pemt_fast.nn.skill_linear import SkillLinear
 
 COMBINATIONS = ("sum", "average")
 

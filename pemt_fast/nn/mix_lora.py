@@ -43,6 +43,9 @@ class ExpertLinear(MixtureLinear):
         super().__init__(base, routing, ranks, None, **options)
         self.slot = slot
 
+    def prepare(self, state: RoutingState, rows: int) -> None:
+        """Nothing: the gate is another one for every token."""
+
     def _gate(self, x: Tensor, state: RoutingState) -> Tensor:
         assert self.slot.gate is not None  # the layer around it sets it
         return self.scale * self.slot.gate

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class RoutingState:
         gates: Gate weights `[B, E]` by layer name.
         decoder_gates: The decoder's gates for `encoder_states`, kept while generating.
         losses: Task Sparsity Loss by layer name.
+        prepared: What layers have made of the task ids for all steps of a `generate` call, by name.
     """
 
     wants_loss: bool = False
@@ -63,6 +64,7 @@ class RoutingState:
     gates: dict[str, Tensor] = field(default_factory=dict)
     decoder_gates: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
+    prepared: dict[str, Any] = field(default_factory=dict)
 
     def see_encoder(self, states: Tensor, prompt_length: int) -> None:
         """Pool the prompt positions of the encoder output, once per output."""
@@ -84,6 +86,10 @@ class RoutingState:
         return (task_ids.unsqueeze(1) == tasks).float()
 
 
+@overload
+def per_row(tensor: Tensor, rows: int) -> Tensor: ...
+@overload
+def per_row(tensor: Tensor | None, rows: int) -> Tensor | None: ...
 def per_row(tensor: Tensor | None, rows: int) -> Tensor | None:
     """`[B, …]` as `[rows, …]`: beams make several neighbouring rows of each sequence."""
     if tensor is None or tensor.shape[0] == rows:

@@ -22,27 +22,32 @@ from torch import Tensor
 
 from pemt_fast.ops import skill_terms
 from pemt_fast.ops.autocast import autocast_dtype, without_autocast
-from pemt_fast.ops.dispatch import IMPLS
+from pemt_fast.ops.dispatch import resolve_impl
 from pemt_fast.ops.skill_reference import skill_mixture_reference
 from pemt_fast.ops.skill_terms import flat, with_splits
 from pemt_fast.ops.skill_validation import check_skill_mixture
 from pemt_fast.ops.watchers import nobody_watches
 
-_INPUTS = "Tensor x, Tensor mixing, Tensor a, Tensor b, Tensor? task_ids, Tensor? base, float scale"
+_INPUTS = (
+    "Tensor x, Tensor? mixing, Tensor a, Tensor b, Tensor? task_ids, Tensor? base, "
+    "float scale, str impl"
+)
 _LIBRARY = torch.library.Library("pemt_fast", "FRAGMENT")
 _LIBRARY.define(f"skill_mixture({_INPUTS}) -> Tensor")
 _LIBRARY.define(f"skill_mixture_forward({_INPUTS}, bool save) -> (Tensor out, Tensor hidden)")
 _LIBRARY.define(
-    "skill_mixture_backward(Tensor grad_out, Tensor? x, Tensor mixing, Tensor a, Tensor b, "
-    "Tensor? task_ids, Tensor? hidden, float scale, bool[] needs) "
+    "skill_mixture_backward(Tensor grad_out, Tensor? x, Tensor? mixing, Tensor a, Tensor b, "
+    "Tensor? task_ids, Tensor? hidden, float scale, str impl, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _OPS = torch.ops.pemt_fast
+# Implementations that `adapter_mixture` has and this operator has not.
+_NO_KERNELS = ("triton", "cuda")
 
 
 def skill_mixture(
     x: Tensor,
-    mixing: Tensor,
+    mixing: Tensor | None,
     a: Tensor,
     b: Tensor,
     *,
@@ -70,7 +75,8 @@ def skill_mixture(
     Args:
         x: `[B, ..., D]`, any strides; usually `[B, S, D]`.
         mixing: `[M, K]`, or `[M, P, K]` for P splits: one row of weights per task. Any float dtype;
-            not normalised here.
+            not normalised here. None: a and b hold the factors of the tasks themselves, K = M,
+            which are only rounded to `x.dtype`.
         a: `[K, R, D]`; with splits `[P, K, R, D / P]`, each of which reads its own columns of x.
             The last two dimensions are those of peft's `poly_lora_A` transposed.
         b: `[K, R, H]`; with splits `[P, K, R, H / P]`, each of which writes its own columns.
@@ -79,7 +85,8 @@ def skill_mixture(
             elsewhere, and inside a compiled graph, an unknown id is an error of the device.
         base: `[B, ..., H]`, added to the product; None for none.
         scale: Factor of the product, a number: 1 / R in Poly.
-        impl: `auto`, `reference` or `torch`; `auto` is `torch`, since there are no kernels.
+        impl: `auto`, `reference`, `torch` or `cpu`; `auto` is `cpu` where `adapter_mixture` takes
+            its C++ kernels too, else `torch`: there are no kernels for GPUs.
 
     Returns:
         `[B, ..., H]` in `x.dtype`, contiguous.
@@ -103,27 +110,27 @@ def skill_mixture(
     if dtype is not None and x.dtype not in (dtype, torch.float64):
         x = x.to(dtype)
     scale = float(scale)
-    if _resolve(impl) == "reference":
+    impl = _resolve(impl, x)
+    if impl == "reference":
         with without_autocast(x.device.type):
             return skill_mixture_reference(x, mixing, a, b, task_ids, base, scale)
     tensors = (x, mixing, a, b, task_ids, base)
     if not nobody_watches(*tensors):
-        return _OPS.skill_mixture.default(*tensors, scale)
+        return _OPS.skill_mixture.default(*tensors, scale, impl)
     if _is_differentiated(tensors):
-        return SkillMixtureFunction.apply(*tensors, scale, False)
+        return SkillMixtureFunction.apply(*tensors, scale, impl, False)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward_only(*tensors, scale)
+        return _forward_only(*tensors, scale, impl)
 
 
-def _resolve(impl: str) -> str:
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    if impl in ("cpu", "triton", "cuda"):
+def _resolve(impl: str, x: Tensor) -> str:
+    if impl in _NO_KERNELS:
         raise RuntimeError(
             f"impl={impl!r} cannot run: this version of pemt_fast ships no {impl} kernels for "
             "skill_mixture"
         )
-    return "torch" if impl == "auto" else impl
+    found = resolve_impl(impl, x.device, x.dtype)
+    return "torch" if found in _NO_KERNELS else found
 
 
 def _shaped(result: Tensor, lead: torch.Size) -> Tensor:
@@ -135,14 +142,17 @@ def _shaped(result: Tensor, lead: torch.Size) -> Tensor:
 
 def _forward(
     x: Tensor,
-    mixing: Tensor,
+    mixing: Tensor | None,
     a: Tensor,
     b: Tensor,
     task_ids: Tensor | None,
     base: Tensor | None,
     scale: float,
+    impl: str,
     save: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    if impl == "cpu":
+        return _OPS.skill_mixture_forward_cpu.default(x, mixing, a, b, task_ids, base, scale, save)
     lead = x.shape[:-1]
     with without_autocast(x.device.type):
         out, hidden = skill_terms.forward(
@@ -154,12 +164,13 @@ def _forward(
 
 def _forward_fake(
     x: Tensor,
-    mixing: Tensor,
+    mixing: Tensor | None,
     a: Tensor,
     b: Tensor,
     task_ids: Tensor | None,
     base: Tensor | None,
     scale: float,
+    impl: str,
     save: bool = False,
 ) -> tuple[Tensor, Tensor]:
     splits = b.shape[0] if b.dim() == 4 else 1
@@ -170,14 +181,19 @@ def _forward_fake(
 def _backward(
     grad_out: Tensor,
     x: Tensor | None,
-    mixing: Tensor,
+    mixing: Tensor | None,
     a: Tensor,
     b: Tensor,
     task_ids: Tensor | None,
     hidden: Tensor | None,
     scale: float,
+    impl: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
+    if impl == "cpu":
+        return _OPS.skill_mixture_backward_cpu.default(
+            grad_out, x, mixing, a, b, task_ids, hidden, scale, needs
+        )
     with without_autocast(grad_out.device.type):
         d_x, *d_parameters = skill_terms.backward(
             flat(grad_out),
@@ -193,7 +209,7 @@ def _backward(
         grad_out.new_empty(0) if d_x is None else _shaped(d_x, grad_out.shape[:-1]),
         *(
             grad_out.new_empty(0)
-            if grad is None
+            if grad is None or parameter is None
             else grad.reshape(parameter.shape).to(parameter.dtype)
             for grad, parameter in zip(d_parameters, (mixing, a, b), strict=True)
         ),
@@ -203,21 +219,26 @@ def _backward(
 def _backward_fake(
     grad_out: Tensor,
     x: Tensor | None,
-    mixing: Tensor,
+    mixing: Tensor | None,
     a: Tensor,
     b: Tensor,
     task_ids: Tensor | None,
     hidden: Tensor | None,
     scale: float,
+    impl: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     splits = a.shape[0] if a.dim() == 4 else 1
     like = (
         grad_out.new_empty(*grad_out.shape[:-1], splits * a.shape[-1]),
-        *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (mixing, a, b)),
+        *(
+            None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in (mixing, a, b)
+        ),
     )
     return tuple(
-        grad if wanted else grad_out.new_empty(0) for grad, wanted in zip(like, needs, strict=True)
+        grad if wanted and grad is not None else grad_out.new_empty(0)
+        for grad, wanted in zip(like, needs, strict=True)
     )
 
 
@@ -228,12 +249,13 @@ class SkillMixtureFunction(torch.autograd.Function):
     def forward(  # noqa: D102
         ctx: Any,
         x: Tensor,
-        mixing: Tensor,
+        mixing: Tensor | None,
         a: Tensor,
         b: Tensor,
         task_ids: Tensor | None,
         base: Tensor | None,
         scale: float,
+        impl: str,
         watched: bool,
     ) -> Tensor:
         ctx.needs = needs = tuple(ctx.needs_input_grad[:4])
@@ -241,8 +263,9 @@ class SkillMixtureFunction(torch.autograd.Function):
         save = needs_mixing or needs_b
         with torch._C._AutoDispatchBelowAutograd():
             run = _OPS.skill_mixture_forward.default if watched else _forward
-            out, hidden = run(x, mixing, a, b, task_ids, base, scale, save)
-        ctx.scale, ctx.base_dtype = scale, None if base is None else base.dtype
+            out, hidden = run(x, mixing, a, b, task_ids, base, scale, impl, save)
+        ctx.scale, ctx.impl = scale, impl
+        ctx.base_dtype = None if base is None else base.dtype
         if any(needs):
             ctx.save_for_backward(
                 x if needs_mixing or needs_a else None,
@@ -255,15 +278,15 @@ class SkillMixtureFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         d_base = grad_out.to(ctx.base_dtype) if ctx.needs_input_grad[5] else None
         if not any(ctx.needs):
-            return (*(None,) * 5, d_base, None, None)
+            return (*(None,) * 5, d_base, None, None, None)
         tensors = ctx.saved_tensors  # once: what recomputes them may be asked only once
         watched = not nobody_watches(grad_out, *tensors)
         with torch._C._AutoDispatchBelowAutograd():
             run = _OPS.skill_mixture_backward.default if watched else _backward
             x, mixing, a, b, task_ids, hidden = tensors
-            grads = run(grad_out, x, mixing, a, b, task_ids, hidden, ctx.scale, ctx.needs)
+            grads = run(grad_out, x, mixing, a, b, task_ids, hidden, ctx.scale, ctx.impl, ctx.needs)
         wanted = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-        return (*wanted, None, d_base, None, None)
+        return (*wanted, None, d_base, None, None, None)
 
 
 def _is_differentiated(tensors: tuple[Tensor | None, ...]) -> bool:

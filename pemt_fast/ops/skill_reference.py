@@ -14,7 +14,7 @@ from torch import Tensor
 
 def skill_mixture_reference(
     x: Tensor,
-    mixing: Tensor,
+    mixing: Tensor | None,
     a: Tensor,
     b: Tensor,
     task_ids: Tensor | None,
@@ -27,6 +27,8 @@ def skill_mixture_reference(
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     sequences, lead = x.shape[0], x.shape[:-1]
+    if mixing is None:  # the factors of the tasks themselves
+        mixing = torch.eye(a.shape[0], dtype=dtype, device=a.device)
     mixing_TPK = (mixing if mixing.dim() == 3 else mixing.unsqueeze(1)).to(dtype)
     a_PKRD = (a if a.dim() == 4 else a.unsqueeze(0)).to(dtype)
     b_PKRH = (b if b.dim() == 4 else b.unsqueeze(0)).to(dtype)

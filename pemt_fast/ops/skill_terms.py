@@ -39,10 +39,12 @@ def flat(rows: Tensor) -> Tensor:
     return rows.reshape(rows.shape[0], math.prod(rows.shape[1:-1]), rows.shape[-1])
 
 
-def with_splits(mixing: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_splits(
+    mixing: Tensor | None, a: Tensor, b: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """All three with their splits: `[M, P, K]`, `[P, K, R, D / P]` and `[P, K, R, H / P]`."""
     return (
-        mixing if mixing.dim() == 3 else mixing.unsqueeze(1),
+        mixing if mixing is None or mixing.dim() == 3 else mixing.unsqueeze(1),
         a if a.dim() == 4 else a.unsqueeze(0),
         b if b.dim() == 4 else b.unsqueeze(0),
     )
@@ -58,28 +60,61 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class _Weights:
+    """The weights of one factor; without `rows` its skills are the factors of the tasks."""
+
+    def __init__(self, rows: Tensor | None, scale: float):
+        self.scale = scale
+        self.rows = rows  # [P, rows, K], times the scale
+        if rows is not None and scale != 1:
+            self.rows = rows * scale
+
+    def mix(self, skills: Tensor, wide: torch.dtype) -> Tensor:
+        """`Σ_k rows[p, ·, k]·skills[p, k]`, `[P, rows, R·width]`."""
+        P, K, R, width = skills.shape
+        flat_skills = skills.reshape(P, K, R * width).to(wide)
+        if self.rows is not None:
+            return torch.bmm(self.rows, flat_skills)
+        return flat_skills if self.scale == 1 else flat_skills * self.scale
+
+    def unmix(self, d_mixed: Tensor) -> Tensor:
+        """The gradient of the skills, `[P, K, R·width]`, of that of what was mixed."""
+        if self.rows is not None:
+            return torch.bmm(self.rows.transpose(1, 2), d_mixed)
+        return d_mixed if self.scale == 1 else d_mixed * self.scale
+
+
 class _Mixer:
     """The weights of one call: one row for each factor that is mixed, and how to select factors."""
 
     def __init__(
-        self, mixing: Tensor, task_ids: Tensor | None, scale: float, sequences: int, like: Tensor
+        self,
+        mixing: Tensor | None,
+        tasks: int,
+        task_ids: Tensor | None,
+        scale: float,
+        sequences: int,
+        like: Tensor,
     ):
         self.dtype, self.wide, self.scale = like.dtype, wide_dtype(like.dtype), scale
-        self.tasks, _, skills = mixing.shape
-        self.task_ids = task_ids
-        self.selects_factors = task_ids is not None and mixes_tasks(self.tasks, sequences, skills)
+        self.tasks, self.task_ids = tasks, task_ids
         self.one_hot: Tensor | None = None
-        rows = mixing.to(self.wide)
-        if task_ids is not None and not self.selects_factors:
-            rows = rows.index_select(0, task_ids)
-        self.for_a = rows.transpose(0, 1)  # [P, rows, K]
-        self.for_b = self.for_a if scale == 1 else self.for_a * scale
+        self.selects_factors = task_ids is not None and (
+            mixing is None or mixes_tasks(tasks, sequences, mixing.shape[-1])
+        )
+        rows = None
+        if mixing is not None:
+            rows = mixing.to(self.wide)
+            if task_ids is not None and not self.selects_factors:
+                rows = rows.index_select(0, task_ids)
+            rows = rows.transpose(0, 1)
+        self.for_a, self.for_b = _Weights(rows, 1), _Weights(rows, scale)
 
-    def factors(self, weights: Tensor, skills: Tensor) -> Tensor:
-        """`Σ_k weights[p, ·, k]·skills[p, k]` for each sequence, splits side by side."""
-        P, K, R, width = skills.shape
-        rows = weights.shape[1]
-        mixed = torch.bmm(weights, skills.reshape(P, K, R * width).to(self.wide))
+    def factors(self, weights: _Weights, skills: Tensor) -> Tensor:
+        """The factor of each sequence, splits side by side."""
+        P, _, R, width = skills.shape
+        mixed = weights.mix(skills, self.wide)
+        rows = mixed.shape[1]
         if P == 1:
             factors = mixed.view(rows, R, width).to(self.dtype)
         else:
@@ -128,7 +163,7 @@ def _as_one_sequence(rows: Tensor) -> Tensor:
 
 def forward(
     x: Tensor,
-    mixing: Tensor,
+    mixing: Tensor | None,
     a: Tensor,
     b: Tensor,
     task_ids: Tensor | None,
@@ -139,17 +174,18 @@ def forward(
 
     Args:
         x: `[B, S, D]`; the dtype of the computation. The matmuls accumulate in float32.
-        mixing: `[M, P, K]`, any float dtype.
+        mixing: `[M, P, K]`, any float dtype; None: a and b are the factors of M = K tasks, P = 1.
         a: `[P, K, R, D / P]`, any float dtype.
         b: `[P, K, R, H / P]`, any float dtype.
         task_ids: `[B]`, or None for M = B or M = 1.
         base: `[B, S, H]` or None; added inside the second matmul.
         scale: Factor of everything but the base.
     """
-    if mixing.shape[0] == 1:
+    tasks = a.shape[1] if mixing is None else mixing.shape[0]
+    if tasks == 1:
         x, base = _as_one_sequence(x), None if base is None else _as_one_sequence(base)
         task_ids = None
-    mixer = _Mixer(mixing, task_ids, scale, x.shape[0], x)
+    mixer = _Mixer(mixing, tasks, task_ids, scale, x.shape[0], x)
     hidden = torch.bmm(x, mixer.factors(mixer.for_a, a).transpose(1, 2))
     factor_b = mixer.factors(mixer.for_b, b)
     if base is None:
@@ -160,7 +196,7 @@ def forward(
 def backward(
     grad_out: Tensor,
     x: Tensor | None,
-    mixing: Tensor,
+    mixing: Tensor | None,
     a: Tensor,
     b: Tensor,
     task_ids: Tensor | None,
@@ -175,11 +211,12 @@ def backward(
     """
     needs_x, needs_mixing, needs_a, needs_b = needs
     splits = a.shape[0]
-    if mixing.shape[0] == 1:
+    tasks = a.shape[1] if mixing is None else mixing.shape[0]
+    if tasks == 1:
         grad_out, task_ids = _as_one_sequence(grad_out), None
         x = None if x is None else _as_one_sequence(x)
         hidden = None if hidden is None else _as_one_sequence(hidden)
-    mixer = _Mixer(mixing, task_ids, scale, grad_out.shape[0], grad_out)
+    mixer = _Mixer(mixing, tasks, task_ids, scale, grad_out.shape[0], grad_out)
     if needs_mixing:  # once for all uses
         a, b = a.to(mixer.wide), b.to(mixer.wide)
     d_x = d_mixing = d_a = d_b = None
@@ -191,13 +228,13 @@ def backward(
         if x is not None and (needs_mixing or needs_a):
             d_factor_a = mixer.sums(torch.bmm(d_hidden.transpose(1, 2), x), splits)
             if needs_a:
-                d_a = torch.bmm(mixer.for_a.transpose(1, 2), d_factor_a).view(a.shape)
+                d_a = mixer.for_a.unmix(d_factor_a).view(a.shape)
             if needs_mixing:
                 d_for_a = torch.bmm(d_factor_a, a.reshape(splits, a.shape[1], -1).transpose(1, 2))
     if hidden is not None and (needs_mixing or needs_b):
         d_factor_b = mixer.sums(torch.bmm(hidden.transpose(1, 2), grad_out), splits)
         if needs_b:
-            d_b = torch.bmm(mixer.for_b.transpose(1, 2), d_factor_b).view(b.shape)
+            d_b = mixer.for_b.unmix(d_factor_b).view(b.shape)
         if needs_mixing:
             d_for_b = torch.bmm(d_factor_b, b.reshape(splits, b.shape[1], -1).transpose(1, 2))
     if d_for_a is not None and d_for_b is not None:

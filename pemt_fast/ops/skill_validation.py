@@ -22,14 +22,14 @@ _ID_DTYPES = (torch.int64, torch.int32)
 
 def check_skill_mixture(
     x: Tensor,
-    mixing: Tensor,
+    mixing: Tensor | None,
     a: Tensor,
     b: Tensor,
     task_ids: Tensor | None,
     base: Tensor | None,
 ) -> None:
     """Raise on the first broken rule."""
-    for name, value in (("x", x), ("mixing", mixing), ("a", a), ("b", b)):
+    for name, value in (("x", x), ("a", a), ("b", b)):
         _require_tensor(name, value)
     if x.dim() < 2:
         raise ValueError(f"x must be [B, ..., D], got shape {list(x.shape)}")
@@ -39,15 +39,25 @@ def check_skill_mixture(
             f"x must be [B, ..., D] with D = {d}, the width of a over all splits, "
             f"got {list(x.shape)}"
         )
-    _check_mixing(mixing, a)
+    if mixing is None:
+        if a.dim() != 3:
+            raise ValueError(
+                f"a must be [M, R, D], the factors of the tasks, when mixing is None, "
+                f"got {list(a.shape)}"
+            )
+        tasks, table = a.shape[0], "a"
+    else:
+        _require_tensor("mixing", mixing)
+        _check_mixing(mixing, a)
+        tasks, table = mixing.shape[0], "mixing"
     if base is not None:
         _require_tensor("base", base)
         _require_shape("base", base, "[B, ..., H]", (*x.shape[:-1], h))
     _check_device_and_dtype({"x": x, "mixing": mixing, "a": a, "b": b, "base": base}, x.device)
     if task_ids is None:
-        _check_rows(mixing.shape[0], x.shape[0])
+        _check_rows(table, tasks, x.shape[0])
     else:
-        _check_task_ids(task_ids, x, mixing.shape[0])
+        _check_task_ids(table, task_ids, x, tasks)
 
 
 def _check_skills(a: Tensor, b: Tensor) -> tuple[int, int]:
@@ -78,16 +88,16 @@ def _check_mixing(mixing: Tensor, a: Tensor) -> None:
     )
 
 
-def _check_rows(rows: int, sequences: int) -> None:
+def _check_rows(table: str, rows: int, sequences: int) -> None:
     """Without task ids there is one row for all sequences or one for each."""
     if rows != 1 and rows != sequences:
         raise ValueError(
-            f"mixing must have 1 row or one for each of the {sequences} sequences of x when "
+            f"{table} must have 1 row or one for each of the {sequences} sequences of x when "
             f"task_ids is None, got {rows}"
         )
 
 
-def _check_task_ids(task_ids: Tensor, x: Tensor, tasks: int) -> None:
+def _check_task_ids(table: str, task_ids: Tensor, x: Tensor, tasks: int) -> None:
     _require_tensor("task_ids", task_ids)
     if task_ids.dtype not in _ID_DTYPES:
         raise TypeError(f"task_ids must be int64 or int32, got {task_ids.dtype}")
@@ -100,5 +110,5 @@ def _check_task_ids(task_ids: Tensor, x: Tensor, tasks: int) -> None:
     for task in task_ids.tolist():
         if not 0 <= task < tasks:
             raise IndexError(
-                f"task_ids must be from 0 to {tasks - 1}, mixing has {tasks} tasks, got {task}"
+                f"task_ids must be from 0 to {tasks - 1}, {table} has {tasks} tasks, got {task}"
             )
