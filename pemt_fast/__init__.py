@@ -29,6 +29,7 @@ _EXPORTS = {
     "get_model": "pemt_fast.attach",
     "export_peft_lora": "pemt_fast.interop.peft_files",
     "load": "pemt_fast.attach",
+    "load_mttl": "pemt_fast.interop.mttl_files",
     "load_peft": "pemt_fast.interop.peft_files",
     "load_published_pemt": "pemt_fast.interop.published_pemt",
     "published_names": "pemt_fast.interop.published_pemt",
@@ -40,6 +41,7 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
     from pemt_fast.attach import get_model, load
+    from pemt_fast.interop.mttl_files import load_mttl
     from pemt_fast.interop.peft_files import export_peft_lora, load_peft
     from pemt_fast.interop.published_pemt import load_published_pemt, published_names
     from pemt_fast.linear_model import LinearAdapterModel

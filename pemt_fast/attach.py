@@ -57,11 +57,12 @@ def get_model(
         ValueError: something in the config does not fit the model.
         RuntimeError: the model carries adapters already.
     """
-    _check_free(model)
+    check_free(model)
     return config.attach(model, tokenizer, reads_sources=True)
 
 
-def _check_free(model: Any) -> None:
+def check_free(model: Any) -> None:
+    """Raise a `RuntimeError` if the model carries adapters."""
     if getattr(model, "_pemt_fast_attached", False):
         raise RuntimeError("model already carries pemt_fast adapters: unload() it first")
 
@@ -81,7 +82,7 @@ def load(model: Any, directory: str | os.PathLike[str] | Sequence[str | os.PathL
         config, weights = checkpoint.read(directory)
     else:
         config, weights = _read_several([os.fspath(d) for d in directory])
-    _check_free(model)
+    check_free(model)
     adapted = config.attach(model, None, reads_sources=False)
     try:
         checkpoint.assign(adapted, weights, directory)

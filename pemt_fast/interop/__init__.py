@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of other projects: the authors' PEMT checkpoints."""
+"""Files of other projects: the authors' PEMT checkpoints; LoRA and Poly of peft and mttl."""

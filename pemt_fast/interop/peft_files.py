@@ -12,12 +12,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pemt_fast.attach import get_model
 from pemt_fast.checkpoint import read_tensors, replace_file
+from pemt_fast.interop.linear_tensors import adapter_places, assign
 from pemt_fast.linear_model import LinearAdapterModel
 from pemt_fast.methods.lora import LoraConfig
 from pemt_fast.methods.poly import PolyConfig
@@ -25,6 +25,10 @@ from pemt_fast.methods.poly import PolyConfig
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_NAMES: dict[str, tuple[str, ...]] = {
+    "LORA": ("lora_A.weight", "lora_B.weight"),
+    "POLY": ("poly_lora_A", "poly_lora_B", "poly_router.module_logits"),
+}
 
 # What changes the arithmetic of a LoRA and has no counterpart here, with the value that means no.
 _REFUSED: dict[str, Any] = {
@@ -109,7 +113,8 @@ def load_peft(model: Any, directory: str | os.PathLike[str]) -> LinearAdapterMod
         raise ValueError(f"{path}: peft_type must be LORA or POLY, got {kind!r}")
     adapted = get_model(model, config)
     try:
-        _assign(adapted, tensors, folder / WEIGHTS_FILE, poly=kind == "POLY")
+        places = adapter_places(adapted, _PREFIX, _NAMES[kind])
+        assign(places, tensors, folder / WEIGHTS_FILE)
     except ValueError:
         adapted.unload()
         raise
@@ -126,31 +131,3 @@ def _lora_config(saved: dict[str, Any], targets: Any, path: Path) -> LoraConfig:
         r=saved["r"], alpha=saved["lora_alpha"], dropout=saved.get("lora_dropout") or 0.0,
         target_modules=targets,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def _assign(
-    model: LinearAdapterModel, tensors: dict[str, Tensor], path: Path, *, poly: bool
-) -> None:
-    """Copy peft's tensors into our parameters; nothing may be missing, left over or misfit."""
-    own: dict[str, tuple[Tensor, Any]] = {}
-    for name, layer in model.adapted_layers().items():
-        prefix = _PREFIX + name
-        parts: Any = layer
-        if poly:
-            own[f"{prefix}.poly_lora_A"] = parts.a, lambda t: t.transpose(-1, -2)
-            own[f"{prefix}.poly_lora_B"] = parts.b, lambda t: t
-            own[f"{prefix}.poly_router.module_logits"] = parts.router.logits, lambda t: t
-        else:
-            own[f"{prefix}.lora_A.weight"] = parts.mixture.w_down, lambda t: t
-            own[f"{prefix}.lora_B.weight"] = parts.mixture.w_up, lambda t: t.t()
-    if missing := sorted(own.keys() ^ tensors.keys()):
-        raise ValueError(f"{path}: does not fit this model, see {missing[:3]}")
-    for name, (parameter, turn) in own.items():
-        if turn(tensors[name]).numel() != parameter.numel():
-            raise ValueError(
-                f"{path}: {name} must have {parameter.numel()} elements for this model, "
-                f"got {tensors[name].numel()}"
-            )
-    for name, (parameter, turn) in own.items():
-        parameter.copy_(turn(tensors[name]).reshape(parameter.shape))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pemt_fast.checkpoint import read_tensors
+from pemt_fast.interop.linear_tensors import read_pickle
 from pemt_fast.methods.pemt import attach
 from pemt_fast.methods.pemt_config import PemtConfig
 from pemt_fast.methods.pemt_plan import Source
@@ -37,12 +37,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     """Tensors of a `torch.save` or safetensors file."""
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: file not found")
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        raise ValueError(f"{path}: truncated, damaged or not plain tensors ({error})") from error
+    values = read_pickle(path)
     if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(values).__name__}")
     return {name: tensor.detach() for name, tensor in values.items()}
