@@ -433,7 +433,7 @@ def test_outputs_are_still_recorded(form):
     assert not torch.allclose(found.encoder_attentions[1], plain.encoder_attentions[1], atol=1e-3)
 
 
-def sublayer(reads_input, dropout=0.0, scale=0.5):
+def sublayer(reads_input, dropout=0.0, scale=0.3):
     """A linear layer as sub-layer, with its input times 100 as residual."""
 
     class Sublayer(nn.Linear):
@@ -455,7 +455,7 @@ def test_dropout_is_on_what_the_adapter_adds(reads_input):
     module, x = sublayer(reads_input, dropout=0.4).double(), torch.randn(2, 5, 8).double()
     y, adapter = module.base(x), module.adapter
     u = x if reads_input else y
-    added = 0.5 * adapter.up(F.gelu(adapter.down(u)))
+    added = 0.3 * adapter.up(F.gelu(adapter.down(u)))
     close(module.eval()(x), y + added, 1e-13)
     torch.manual_seed(4)
     found = module.train()(x)
