@@ -15,7 +15,9 @@ from pemt_fast.version import __version__
 _EXPORTS = {
     "AdapterModel": "pemt_fast.model",
     "AdapterTrainer": "pemt_fast.training.trainer",
+    "BottleneckConfig": "pemt_fast.methods.bottleneck",
     "CPolyConfig": "pemt_fast.methods.poly",
+    "FullFineTuningConfig": "pemt_fast.methods.full",
     "LinearAdapterModel": "pemt_fast.linear_model",
     "LoraConfig": "pemt_fast.methods.lora",
     "MixLoraConfig": "pemt_fast.methods.mix_lora",
@@ -24,6 +26,7 @@ _EXPORTS = {
     "MultiLoraConfig": "pemt_fast.methods.lora",
     "PemtConfig": "pemt_fast.methods.pemt_config",
     "PolyConfig": "pemt_fast.methods.poly",
+    "PromptTuningConfig": "pemt_fast.methods.prompt_tuning",
     "UNSEEN_TASK": "pemt_fast.nn.routing",
     "adapter_mixture": "pemt_fast.ops",
     "get_model": "pemt_fast.attach",
@@ -45,10 +48,13 @@ if TYPE_CHECKING:
     from pemt_fast.interop.peft_files import export_peft_lora, load_peft
     from pemt_fast.interop.published_pemt import load_published_pemt, published_names
     from pemt_fast.linear_model import LinearAdapterModel
+    from pemt_fast.methods.bottleneck import BottleneckConfig
+    from pemt_fast.methods.full import FullFineTuningConfig
     from pemt_fast.methods.lora import LoraConfig, MoeLoraConfig, MtlLoraConfig, MultiLoraConfig
     from pemt_fast.methods.mix_lora import MixLoraConfig
     from pemt_fast.methods.pemt_config import PemtConfig
     from pemt_fast.methods.poly import CPolyConfig, PolyConfig
+    from pemt_fast.methods.prompt_tuning import PromptTuningConfig
     from pemt_fast.model import AdapterModel
     from pemt_fast.nn.routing import UNSEEN_TASK
     from pemt_fast.ops import adapter_mixture, task_sparsity_loss

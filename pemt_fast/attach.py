@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How adapters get onto a model: `get_model` from a method's config, `load` from saved files.
 
-What comes out is an `AdapterModel` (`model.py`) for PEMT and a `LinearAdapterModel`
-(`linear_model.py`) for all others. The methods are in `methods/`, the files are handled by
-`checkpoint.py`.
+What comes out is an `AdapterModel` (`model.py`) for methods with a prompt, PEMT and prompt tuning,
+and a `LinearAdapterModel` (`linear_model.py`) for all others. The methods are in `methods/`, the
+files are handled by `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ class MethodConfig(Protocol[Attached]):
         """Names of the tasks that `task_ids` number."""
         ...
 
+    @property
+    def uses_tasks(self) -> bool:
+        """Whether `task_ids` make a difference."""
+        ...
+
 
 def get_model(
     model: Any, config: MethodConfig[Attached], tokenizer: PreTrainedTokenizerBase | None = None
@@ -46,11 +51,12 @@ def get_model(
     """Attach a method to a model in place and return the wrapped model.
 
     Args:
-        model: For PEMT a `T5ForConditionalGeneration` (v1.0, v1.1, FLAN-T5) or
-            `MT5ForConditionalGeneration`; for adapters on linear layers any model of transformers.
-            Its own weights are never changed; `unload()` gives it back untouched.
+        model: For PEMT, prompt tuning and bottleneck adapters a `T5ForConditionalGeneration` (v1.0,
+            v1.1, FLAN-T5) or `MT5ForConditionalGeneration`; for adapters on linear layers and full
+            fine-tuning any model of transformers. Its own weights are never changed; `unload()`
+            gives it back untouched.
         config: For example a `PemtConfig` or a `CPolyConfig`.
-        tokenizer: Used to start PEMT's task prompt from the words of the task's description.
+        tokenizer: Used to start a task prompt from the words of the task's description.
 
     Raises:
         TypeError: the method is for T5 and `model` is not one.

@@ -2,7 +2,8 @@
 """`AttachedModel`: what can be done with a model that carries adapters, apart from running it.
 
 Switching them off, merging them, taking them away, saving and counting them. The forward pass is
-added by `AdapterModel` (`model.py`, PEMT) and `LinearAdapterModel` (`linear_model.py`, all others).
+added by `AdapterModel` (`model.py`, methods with a prompt) and `LinearAdapterModel`
+(`linear_model.py`, all others).
 """
 
 from __future__ import annotations
@@ -133,6 +134,11 @@ class AttachedModel(nn.Module):
             ValueError: something does not merge; the message says what, and nothing is changed.
         """
         task = None if task is None else self.task_number(task)
+        if not self._layers():
+            raise ValueError(
+                f"{type(self.adapter_config).__name__} puts nothing beside a linear layer: there "
+                "is nothing that could be merged into its weight"
+            )
         if self.merged and task != self._merged_task:
             raise ValueError(f"task {self._merged_task} is merged already: unmerge() it first")
         layers = [layer for layer in self._layers() if not layer.merged]

@@ -39,6 +39,9 @@ _METHODS = {
     "mix_lora": ("pemt_fast.methods.mix_lora", "MixLoraConfig"),
     "poly": ("pemt_fast.methods.poly", "PolyConfig"),
     "c_poly": ("pemt_fast.methods.poly", "CPolyConfig"),
+    "bottleneck": ("pemt_fast.methods.bottleneck", "BottleneckConfig"),
+    "prompt_tuning": ("pemt_fast.methods.prompt_tuning", "PromptTuningConfig"),
+    "full": ("pemt_fast.methods.full", "FullFineTuningConfig"),
 }
 
 
@@ -53,13 +56,19 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def adapter_state_dict(model: AttachedModel) -> dict[str, Tensor]:
-    """Attached tensors by their name in `model.named_parameters()`."""
+    """Attached tensors by their name in `model.named_parameters()`; tied ones once.
+
+    Raises:
+        RuntimeError: they are switched off, so that the model's own weights may be in their places.
+    """
+    if not model.routing.enabled:
+        raise RuntimeError("inside disabled() adapters can neither be saved nor loaded: leave it")
     own = model._attachment.untouched_names()
-    return {
-        name: tensor.detach()
-        for name, tensor in model.state_dict().items()
-        if name.removeprefix("base_model.") not in own
-    }
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.removeprefix("base_model.") not in own:
+            found.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(found.values())
 
 
 def _digest(config_text: str) -> str:
@@ -68,11 +77,12 @@ def _digest(config_text: str) -> str:
 
 def write(model: AttachedModel, directory: str | os.PathLike[str]) -> None:
     """Write both files of `model` to `directory`."""
+    own = adapter_state_dict(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, **model.adapter_config.to_dict()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    tensors = {k: v.contiguous().cpu() for k, v in adapter_state_dict(model).items()}
+    tensors = {k: v.contiguous().cpu() for k, v in own.items()}
     metadata = {"format": "pt", "pemt_fast_config": _digest(text)}
     replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata))
     replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text))

@@ -3,7 +3,8 @@
 
 Encoder-decoder or decoder-only. The forward pass tells the layers which task each sequence belongs
 to (`nn/routing.py`); the layers are in `nn/adapted_linear.py`, what else the model can do is in
-`attached.py`.
+`attached.py`. It serves as well where adapters are behind sub-layers (`nn/sublayer.py`) and where
+the weights themselves are trained (`methods/full.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pemt_fast.nn.routers import Router
 from pemt_fast.nn.routing import RoutingState, route_checkpoints
 
 if TYPE_CHECKING:
-    from pemt_fast.methods.linear_config import LinearConfig
+    from pemt_fast.methods.task_config import TaskConfig
 
 
 class LinearAdapterModel(AttachedModel):
@@ -33,7 +34,7 @@ class LinearAdapterModel(AttachedModel):
     # As for `AdapterModel`.
     accepts_loss_kwargs = False
 
-    adapter_config: LinearConfig
+    adapter_config: TaskConfig
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AdapterModel`: a T5 with adapters, used like the T5 it wraps.
+"""`AdapterModel`: a T5 with a task prompt and, in PEMT, adapters; used like the T5 it wraps.
 
 `attach.py` builds one, from a method's config or from saved files. The forward pass prepends the
 task prompt (`inputs.py`), sets the routing state that the layers read (`nn/routing.py`) and adds
@@ -40,11 +40,12 @@ class AdapterSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 
 class AdapterModel(AttachedModel):
-    """A T5 with adapters attached. Built by `get_model`.
+    """A T5 with a prompt and adapters attached. Built by `get_model`.
 
     Attributes:
         base_model, adapter_config: See `AttachedModel`.
         prompt: The task prompt in front of the encoder input.
+        takes_reentrant: Whether the re-entrant form of gradient checkpointing keeps all gradients.
         gate_threshold: Experts whose gate weight is below it are dropped at inference.
     """
 
@@ -63,6 +64,7 @@ class AdapterModel(AttachedModel):
         aux_weight: float,
         masks_padding: bool,
         gate_threshold: float = 0.0,
+        takes_reentrant: bool = False,
     ) -> None:
         attachment.add_hook(
             base_model.decoder.register_forward_pre_hook(self._see_encoder, with_kwargs=True)
@@ -72,6 +74,7 @@ class AdapterModel(AttachedModel):
         self.aux_weight = aux_weight
         self.masks_padding = masks_padding
         self.gate_threshold = gate_threshold
+        self.takes_reentrant = takes_reentrant
 
     def _see_encoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the decoder: the gates look at the encoder output."""
@@ -89,7 +92,9 @@ class AdapterModel(AttachedModel):
     def _new_state(self, task_ids: TaskIds | None, batch: int, **values: Any) -> RoutingState:
         if not self.routing.enabled:
             return RoutingState()
-        tasks = read_task_ids(task_ids, self.tasks, batch, self.prompt.trained[0].device)
+        tasks = None
+        if self.adapter_config.uses_tasks:
+            tasks = read_task_ids(task_ids, self.tasks, batch, self.prompt.trained[0].device)
         return RoutingState(
             task_ids=tasks,
             num_tasks=len(self.tasks),
@@ -123,7 +128,7 @@ class AdapterModel(AttachedModel):
             inputs_embeds: `[B, S, d_model]` instead of `input_ids`.
             labels: `[B, S_dec]`, -100 for tokens without a label.
             task_ids: `[B]`, the task of each sequence, as numbers or names of `tasks`; needed where
-                the model has several.
+                the model has several; methods that do not tell them apart take no notice.
             output_gates: Return the gate weights of every layer.
             return_dict: False for a plain tuple.
             **kwargs: Passed to T5 (`past_key_values`, `use_cache`, `output_hidden_states`, …).
@@ -143,7 +148,7 @@ class AdapterModel(AttachedModel):
             state.decoder_mask = None if labels is None else labels != -100
         if self.training:
             for stack in (self.base_model.encoder, self.base_model.decoder):
-                route_checkpoints(stack.block, self.routing)
+                route_checkpoints(stack.block, self.routing, takes_reentrant=self.takes_reentrant)
         with self.routing.use(state):
             out = self.base_model(
                 attention_mask=attention_mask,
@@ -233,8 +238,11 @@ class AdapterModel(AttachedModel):
         activation_checkpointing_kwargs: dict[str, object] | None = None,
         **kwargs: object,
     ) -> None:
-        """As in transformers; only the non-reentrant form keeps the auxiliary loss's gradient."""
+        """As in transformers; only the non-reentrant form keeps the auxiliary loss's gradient.
+
+        Prompt tuning has no such loss and takes both forms.
+        """
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
+        if options["use_reentrant"] and not self.takes_reentrant:
             raise ValueError(REENTRANT)
         super().activation_checkpointing_enable(options, **kwargs)

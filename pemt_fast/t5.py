@@ -8,6 +8,7 @@ mT5 and byT5, which share these attribute names.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -70,6 +71,15 @@ def feed_forward_sites(model: T5Model) -> list[FeedForwardSite]:
     return sites
 
 
+def self_attention_paths(model: T5Model) -> list[str]:
+    """Dotted paths of the self-attention sub-layers, `encoder.block.i.layer.0`, encoder first."""
+    return [
+        f"{stack}.block.{i}.layer.0"
+        for stack in ("encoder", "decoder")
+        for i in range(len(getattr(model, stack).block))
+    ]
+
+
 def layer_norm_sites(model: T5Model) -> list[tuple[nn.Module, str]]:
     """Owner and attribute of all layer norms of both stacks, the final ones included."""
     sites: list[tuple[nn.Module, str]] = []
@@ -103,11 +113,18 @@ class Attachment:
         self._modules.append((parent, name, getattr(parent, name)))
         setattr(parent, name, module)
 
-    def train_copy(self, module: nn.Module, name: str) -> None:
-        """Give `module` a trainable copy of its parameter `name`; the original stays untouched."""
-        original = getattr(module, name)
-        self._parameters.append((module, name, original))
-        setattr(module, name, nn.Parameter(original.detach().clone()))
+    def train_copies(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Put trainable copies in the places of `parameters`; the originals stay untouched.
+
+        Tied weights stay tied: places that share a parameter share its copy.
+        """
+        copies = {id(p): nn.Parameter(p.detach().clone()) for p in parameters}
+        for module in self.model.modules():
+            own = list(module.named_parameters(recurse=False, remove_duplicate=False))
+            for name, original in own:
+                if id(original) in copies:
+                    self._parameters.append((module, name, original))
+                    setattr(module, name, copies[id(original)])
 
     def add_hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         """Remember a hook for removal."""

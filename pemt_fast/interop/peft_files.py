@@ -52,9 +52,12 @@ def export_peft_lora(
         task: Number or name of the task, or `UNSEEN_TASK`; needed where the model has several.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: there is no such task, or the method has no adapters on linear layers.
     """
     number = model.task_number(task)
+    if not model.adapted_layers():
+        method = type(model.adapter_config).__name__
+        raise ValueError(f"model must have adapters on linear layers, got one of {method}")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in model.adapted_layers().items():

@@ -8,13 +8,14 @@ layers, freezing the model and undoing it is the same for all. Works for any mod
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from pemt_fast.methods.task_config import ADAPTER_DTYPES, TaskConfig
 from pemt_fast.nn.adapted_linear import AdaptedLinear
 from pemt_fast.nn.routing import Routing
 from pemt_fast.t5 import Attachment
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from pemt_fast.linear_model import LinearAdapterModel
 
-ADAPTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
 ALL_LINEAR = "all-linear"
 
 # Architecture -> names of the query and value projections, the usual target.
@@ -37,7 +37,7 @@ _DEFAULT_TARGETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig:
+class LinearConfig(TaskConfig):
     """Adapters beside linear layers.
 
     Attributes:
@@ -47,64 +47,28 @@ class LinearConfig:
         target_modules: Last parts of the names of the layers, `("q", "v")`; a regular expression
             for whole names; or `all-linear` for all but the language head. None: query and value
             projections of known architectures.
-        num_tasks: How many tasks `task_ids` number.
-        task_names: Their names; by default their numbers.
+        num_tasks, task_names: As in `TaskConfig`.
         adapter_dtype: Dtype of the adapters; None: the model's.
         impl: Implementation of the operator, see `adapter_mixture`.
     """
-
-    method: ClassVar[str]
-    # Whether `task_ids` make a difference; methods without tasks take and ignore them.
-    uses_tasks: ClassVar[bool] = True
 
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: str | Sequence[str] | None = None
-    task_names: Sequence[str] | None = None
     adapter_dtype: str | None = None
     impl: str = "auto"
-    num_tasks: int
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "task_names"):
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
+        super().__post_init__()
         self.require_at_least("r", 1)
-        self.require_at_least("num_tasks", 1)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.adapter_dtype not in (None, *ADAPTER_DTYPES):
-            raise ValueError(
-                f"adapter_dtype must be one of {list(ADAPTER_DTYPES)}, got {self.adapter_dtype!r}"
-            )
-        names = self.task_names
-        if names is not None and (len(names) != self.num_tasks or len(set(names)) != len(names)):
-            raise ValueError(
-                f"task_names must hold one name per task ({self.num_tasks}), all different, "
-                f"got {list(names)}"
-            )
-
-    def require_at_least(self, name: str, least: int) -> None:
-        """Raise unless the field `name` is an integer of at least `least`."""
-        value = getattr(self, name)
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        self.require_probability("dropout")
+        self.require_one_of("adapter_dtype", (None, *ADAPTER_DTYPES))
 
     @property
     def scale(self) -> float:
         """Factor of the adapters' sum, alpha / r."""
         return self.alpha / self.r
-
-    @property
-    def aux_weight(self) -> float:
-        """Weight of the method's auxiliary loss; 0 where it has none."""
-        return 0.0
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks in the order of their numbers."""
-        return tuple(self.task_names or map(str, range(self.num_tasks)))
 
     def wrap(self, layer: nn.Linear, routing: Routing) -> AdaptedLinear:
         """What stands in the place of `layer`, with fresh adapters."""
@@ -149,18 +113,6 @@ class LinearConfig:
         module.to(device=weight.device, dtype=dtype)
         module.base = base
 
-    def to_dict(self) -> dict[str, object]:
-        """JSON-ready values with the method's name."""
-        return {"method": self.method, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> Self:
-        """Inverse of `to_dict` without the method's name; unknown keys are an error."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise ValueError(f"unknown {cls.__name__} keys {unknown}; expected {sorted(known)}")
-        return cls(**values)  # type: ignore[arg-type]
-
 
 def target_layers(model: Any, targets: str | Sequence[str] | None) -> list[tuple[str, nn.Linear]]:
     """Names and modules of the layers that `target_modules` means, in the model's order.
@@ -173,7 +125,7 @@ def target_layers(model: Any, targets: str | Sequence[str] | None) -> list[tuple
         head = model.get_output_embeddings()
         linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         return [(name, module) for name, module in linear if module is not head]
-    found = [(name, m) for name, m in model.named_modules() if name and _is_meant(name, targets)]
+    found = [(name, m) for name, m in model.named_modules() if name and is_meant(name, targets)]
     others = [name for name, module in found if not isinstance(module, nn.Linear)]
     if others:
         kind = type(model.get_submodule(others[0])).__name__
@@ -195,7 +147,8 @@ def _names(model: Any, targets: str | Sequence[str] | None) -> str | tuple[str, 
     return _DEFAULT_TARGETS[kind]
 
 
-def _is_meant(name: str, targets: str | Sequence[str]) -> bool:
+def is_meant(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether `targets`, last parts of names or a regular expression, mean the module `name`."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)

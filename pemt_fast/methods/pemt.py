@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pemt_fast.methods.pemt_config import PemtConfig
@@ -23,7 +23,7 @@ from pemt_fast.nn.bottleneck import BottleneckAdapter
 from pemt_fast.nn.feed_forward_tail import MixtureTail, SourceTail
 from pemt_fast.nn.gates import PooledGate
 from pemt_fast.nn.mixture import AdapterMixture
-from pemt_fast.nn.prompts import CorrelationPrompt, TargetPrompts
+from pemt_fast.nn.prompts import CorrelationPrompt, TargetPrompts, init_prompts
 from pemt_fast.nn.routing import Routing
 from pemt_fast.nn.targets import TargetGates, TargetNorm
 from pemt_fast.t5 import Attachment, T5Model, check_t5, feed_forward_sites, layer_norm_sites
@@ -49,7 +49,7 @@ def attach(
     embedding = model.get_input_embeddings().weight
     dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else model.dtype
     prompt = _prompt(plan, embedding.shape[1])
-    _init_prompt(prompt, embedding, plan.token_ids, config.draws_prompt_from)
+    init_prompts(prompt, embedding, plan.token_ids, config.draws_prompt_from)
     for own, source in zip(prompt.sources, plan.sources, strict=False):
         own.data.copy_(source.prompt)
     routing = Routing()
@@ -71,12 +71,13 @@ def attach(
         if tail.adds_residual:
             attachment.add_hook(site.feed_forward.register_forward_pre_hook(tail.keep_residual))
     if config.trains_layer_norms:
-        for owner, name in layer_norm_sites(model):
-            norm = getattr(owner, name)
-            if len(config.tasks) > 1:
-                attachment.replace_module(owner, name, TargetNorm(norm, len(config.tasks), routing))
-            else:
-                attachment.train_copy(norm, "weight")
+        norms = layer_norm_sites(model)
+        if len(config.tasks) > 1:
+            for owner, name in norms:
+                norm = TargetNorm(getattr(owner, name), len(config.tasks), routing)
+                attachment.replace_module(owner, name, norm)
+        else:
+            attachment.train_copies([getattr(owner, name).weight for owner, name in norms])
     return AdapterModel(
         model,
         config,
@@ -94,29 +95,6 @@ def _prompt(plan: Plan, width: int) -> CorrelationPrompt | TargetPrompts:
     if len(plan.prompt_lengths) > 1:
         return TargetPrompts(plan.prompt_lengths, width, lengths, dropout)
     return CorrelationPrompt(plan.prompt_lengths[0], width, lengths, dropout)
-
-
-@torch.no_grad()
-def _init_prompt(
-    prompt: CorrelationPrompt | TargetPrompts,
-    embedding: Tensor,
-    token_ids: Sequence[Sequence[int] | None],
-    draw_from: str,
-) -> None:
-    """Start the prompt and fresh source prompts from rows of a table.
-
-    `vocabulary`: rows of the model's embeddings, for the tokens of the description (repeated or cut
-    to the length) or, without a tokenizer, for random tokens. `normal`: the same rows of a table
-    drawn from N(0, 1), so that equal tokens share a row, as the released code does.
-    """
-    table = embedding if draw_from == "vocabulary" else torch.randn(embedding.shape)
-    for parameter, ids in zip((*prompt.trained, *prompt.sources), token_ids, strict=False):
-        length = parameter.shape[0]
-        if ids is None:
-            rows = torch.randint(len(table), (length,))
-        else:
-            rows = torch.tensor([ids[i % len(ids)] for i in range(length)])
-        parameter.copy_(table[rows.to(table.device)])
 
 
 def _source_tail(model: T5Model, config: PemtConfig, routing: Routing) -> SourceTail:

@@ -164,6 +164,11 @@ class PemtConfig:
         """The targets; `task_ids` are their numbers in this order."""
         return (self.target,) if isinstance(self.target, str) else tuple(self.target)
 
+    @property
+    def uses_tasks(self) -> bool:
+        """Always: `task_ids` are checked even where there is one target."""
+        return True
+
     def per_target(self, name: str) -> tuple[Any, ...]:
         """A field that holds one value, or one per target: one per target."""
         value = getattr(self, name)

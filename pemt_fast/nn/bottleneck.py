@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One bottleneck or low-rank adapter: `y = base + up(act(down(x)))`.
+"""One bottleneck or low-rank adapter: `y = base + scale·up(act(down(x)))`.
 
 A LoRA pair is the case without activation and biases. Parameters sit in two `nn.Linear` modules, so
 their names and shapes are the usual ones; the arithmetic is `adapter_mixture` with one adapter.
@@ -16,14 +16,15 @@ from pemt_fast.ops.adapter_mixture import adapter_mixture
 
 
 class BottleneckAdapter(nn.Module):
-    """`base + act(x·downᵀ + b_down)·upᵀ + b_up` with `down [R, D]` and `up [H, R]`.
+    """`base + scale·(act(x·downᵀ + b_down)·upᵀ + b_up)` with `down [R, D]` and `up [H, R]`.
 
     Args:
         in_features: D.
         bottleneck: R.
         out_features: H.
-        activation: A name of `adapter_mixture`; `identity` makes a LoRA pair of scale 1.
+        activation: A name of `adapter_mixture`; `identity` makes a LoRA pair.
         bias: Whether both projections have a bias.
+        scale: Factor of what the adapter adds; it travels as the operator's gate.
         impl: Implementation of the operator.
     """
 
@@ -35,12 +36,14 @@ class BottleneckAdapter(nn.Module):
         *,
         activation: str,
         bias: bool,
+        scale: float = 1.0,
         impl: str = "auto",
     ) -> None:
         super().__init__()
         self.down = nn.Linear(in_features, bottleneck, bias=bias)
         self.up = nn.Linear(bottleneck, out_features, bias=bias)
         self.activation = activation
+        self.scale = scale
         self.impl = impl
 
     @torch.no_grad()
@@ -49,27 +52,29 @@ class BottleneckAdapter(nn.Module):
 
         Args:
             init: `lora` (down Kaiming-uniform, up zero: the model starts unchanged), `kaiming`
-                (both Kaiming-uniform, as released for PEMT's sources) or `normal` (both
-                N(0, 0.01), as released for the target adapter). Biases become zero.
+                (both Kaiming-uniform, as released for PEMT's sources), `normal` (both
+                N(0, 0.01), as released for the target adapter) or `bert` (both N(0, 0.02)).
+                Biases become zero.
         """
         for layer in (self.down, self.up):
-            if init == "normal":
-                nn.init.normal_(layer.weight, std=0.01)
+            if init in ("normal", "bert"):
+                nn.init.normal_(layer.weight, std=0.01 if init == "normal" else 0.02)
             elif init == "lora" and layer is self.up:
                 nn.init.zeros_(layer.weight)
             elif init in ("lora", "kaiming"):
                 nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
             else:
-                raise ValueError(f"init must be lora, kaiming or normal, got {init!r}")
+                raise ValueError(f"init must be lora, kaiming, normal or bert, got {init!r}")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, base: Tensor) -> Tensor:
-        """`x [..., D]`, `base [..., H]`; returns `[..., H]` in the dtype of `x`."""
+    def forward(self, x: Tensor, base: Tensor | None) -> Tensor:
+        """`x [..., D]`, `base [..., H]` or None; returns `[..., H]` in the dtype of `x`."""
         b_down, b_up = self.down.bias, self.up.bias
+        gate_dtype = torch.promote_types(x.dtype, torch.float32)
         return adapter_mixture(
             x,
-            torch.ones(1, device=x.device),
+            torch.full((1,), self.scale, dtype=gate_dtype, device=x.device),
             self.down.weight.unsqueeze(0),
             self.up.weight.t().unsqueeze(0),
             None if b_down is None else b_down.unsqueeze(0),
@@ -81,4 +86,4 @@ class BottleneckAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"activation={self.activation}"
+        return f"activation={self.activation}, scale={self.scale}"

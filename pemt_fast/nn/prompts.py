@@ -120,6 +120,33 @@ class TargetPrompts(nn.Module):
         return f"lengths={lengths}, source_lengths={sources}, dropout={self.dropout}"
 
 
+@torch.no_grad()
+def init_prompts(
+    prompt: CorrelationPrompt | TargetPrompts,
+    embedding: Tensor,
+    token_ids: Sequence[Sequence[int] | None],
+    draw_from: str,
+) -> None:
+    """Start the prompts, then the sources, from rows of a table, in place.
+
+    Args:
+        prompt: The prompts.
+        embedding: `[V, d_model]`, the model's input embeddings.
+        token_ids: Per prompt the tokens that choose its rows, repeated or cut to its length; None
+            for random tokens.
+        draw_from: `vocabulary`: rows of `embedding`; `normal`: the same rows of a table drawn from
+            N(0, 1), so that equal tokens share a row, as PEMT's released code does.
+    """
+    table = embedding if draw_from == "vocabulary" else torch.randn(embedding.shape)
+    for parameter, ids in zip((*prompt.trained, *prompt.sources), token_ids, strict=False):
+        length = parameter.shape[0]
+        if ids is None:
+            rows = torch.randint(len(table), (length,))
+        else:
+            rows = torch.tensor([ids[i % len(ids)] for i in range(length)])
+        parameter.copy_(table[rows.to(table.device)])
+
+
 def correlate(prompt: Tensor, sources: Iterable[Tensor], dropout: float) -> Tensor:
     """`prompt + Σ_k dropout(softmax(prompt·source_kᵀ))·source_k` in the dtype of the prompt."""
     dtype = torch.float64 if prompt.dtype == torch.float64 else torch.float32
