@@ -117,6 +117,9 @@ WINOGRANDE = {"sentence": "_ won.", "option1": "Ann", "option2": "Bo", "answer":
         ),
         ("wic", {**PAIR, "word": "w", "label": 0}, f"{IN_PAIR} word: w", "False"),
         ("yelp_polarity", {"text": "Fine.", "label": 0}, "sentence: Fine.", "0"),
+        ("ag_news", {"text": "Rates rise.", "label": 2}, "text: Rates rise.", "Business"),
+        ("trec", {"text": "Where?", "coarse_label": 4, "fine_label": 30}, "text: Where?", "LOC"),
+        ("subj", {"text": "He dies.", "label": 0}, "text: He dies.", "objective"),
         ("wsc", WSC, "text: * Ann * told Bo that # she # won.", "True"),
         ("wsc", {**WSC, "span2_index": 3}, "text: * Ann * told Bo that she won.", "True"),
         (

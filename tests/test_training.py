@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_data import run_cli, write_tiny_data
 from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 
-from pemt_fast import cli, load
+from pemt_fast import load
 from pemt_fast.data import SYNTHETIC_TASKS, Splits, make_examples, synthetic_tokenizer
 from pemt_fast.ops import extension
 from pemt_fast.training.options import TrainOptions
@@ -160,53 +161,10 @@ def test_empty_part_writes_nothing(backbone, tmp_path):
 
 # --- the command line ----------------------------------------------------------------------------
 
-WORDS = "good bad fine film plot dull bright the a was".split()
-
 
 @pytest.fixture(scope="module")
 def real_shape(tmp_path_factory):
-    """A tiny T5 on disk and two data sets in the hub's schema."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("real")
-    texts = ["sentence:", "sentence1:", "sentence2:", "negative", "positive", "equivalent",
-             "not_equivalent", *WORDS]  # fmt: skip
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *texts])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    raw.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder / "t5")
-    torch.manual_seed(0)
-    T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=len(vocabulary), d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=1,
-            decoder_start_token_id=0,
-        )
-    ).save_pretrained(folder / "t5")  # fmt: skip
-    for name, columns in (("glue__sst2", ["sentence"]), ("glue__mrpc", ["sentence1", "sentence2"])):
-        (folder / name).mkdir()
-        for split, count in (("train", 40), ("validation", 12)):
-            rows = [
-                {c: f"the film was {WORDS[(i + j) % 7]}" for j, c in enumerate(columns)}
-                | {"label": i % 2, "idx": i}
-                for i in range(count)
-            ]
-            path = folder / name / f"{split}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def run_cli(*arguments):
-    """Run the command; returns its exit code."""
-    try:
-        cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
+    return write_tiny_data(tmp_path_factory.mktemp("real"))
 
 
 def train_arguments(folder, out, **changes):

@@ -8,7 +8,8 @@ the hub's class names in the hub's order (CB's order is not MNLI's); Yelp and PA
 Metrics follow the benchmarks' own habit: MRPC and QQP report accuracy and F1, CB accuracy and macro
 F1. The published runs computed accuracy alone for these three; ask `compute` for that by name.
 
-Next: `template.py` explains the fields, `load.py` the split rules.
+Next: `template.py` explains the fields, `load.py` the split rules; `text_classification.py` holds
+three more entries.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import difflib
 
 from pemt_fast.data import rewrite
 from pemt_fast.data.template import Example, SplitRule, Task
+from pemt_fast.data.text_classification import TEXT_CLASSIFICATION
 
 __all__ = ["ALIASES", "SOURCE_TASKS", "TARGET_TASKS", "TASKS", "Example", "Task", "get_task"]
 
@@ -278,7 +280,7 @@ _ALL = (
     ),
 )
 
-TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+TASKS: dict[str, Task] = {task.name: task for task in (*_ALL, *TEXT_CLASSIFICATION)}
 
 ALIASES: dict[str, str] = {
     "superglue-boolq": "boolq",

@@ -23,6 +23,7 @@ import torch
 import transformers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from pemt_fast.attached import AttachedModel
 from pemt_fast.checkpoint import replace_file
 from pemt_fast.data import Splits, Task, tokenize
 from pemt_fast.data.template import Example
@@ -52,6 +53,24 @@ def read_results(directory: str | os.PathLike[str]) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def finished(directory: Path, wanted: dict[str, object]) -> dict | None:
+    """Results of a finished run of the same request, None if there is none.
+
+    Raises:
+        ValueError: another request was finished in its place.
+    """
+    results = read_results(directory)
+    if results is None:
+        return None
+    if results.get("request") != json.loads(json.dumps(wanted)):
+        raise ValueError(
+            f"{directory}: holds a finished run with other settings; choose another output "
+            "directory or remove it"
+        )
+    logger.info("%s: already finished, skipped", directory)
+    return results
+
+
 def environment() -> dict[str, object]:
     """What a reader needs to know about the machine and the versions."""
     return {
@@ -66,14 +85,17 @@ def environment() -> dict[str, object]:
 
 
 def predict(
-    model: AdapterModel | T5Model,
+    model: AttachedModel | T5Model,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     *,
     batch_size: int,
     max_length: int,
 ) -> list[str]:
-    """Greedy decoding of encoded rows, in their order; similar lengths share a batch."""
+    """Greedy decoding of encoded rows, in their order; similar lengths share a batch.
+
+    Rows may have `task_ids`, their task.
+    """
     collator = DataCollatorForSeq2Seq(tokenizer)
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
@@ -89,6 +111,7 @@ def predict(
             max_length=max_length,
             num_beams=1,
             do_sample=False,
+            **({"task_ids": batch["task_ids"]} if "task_ids" in batch else {}),
         )
         decoded = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for i, text in zip(indices, decoded, strict=True):

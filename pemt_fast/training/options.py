@@ -61,9 +61,16 @@ class TrainOptions:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
 
-    def arguments(self, output_dir: Path, generation_length: int) -> Seq2SeqTrainingArguments:
-        """Arguments of transformers' trainer: evaluate, keep the best and the last checkpoint."""
+    def arguments(
+        self, output_dir: Path, generation_length: int, *, evaluates: bool = True
+    ) -> Seq2SeqTrainingArguments:
+        """Arguments of transformers' trainer: evaluate, keep the best and the last checkpoint.
+
+        Without `evaluates` nothing is kept: the last weights are the result.
+        """
         strategy = "epoch" if self.eval_every is None else "steps"
+        if not evaluates:
+            strategy = "no"
         return Seq2SeqTrainingArguments(
             output_dir=str(output_dir),
             max_steps=self.steps or -1,
@@ -80,7 +87,7 @@ class TrainOptions:
             logging_strategy=strategy,
             **self._intervals(),
             save_total_limit=1,
-            load_best_model_at_end=True,
+            load_best_model_at_end=evaluates,
             metric_for_best_model="average",
             greater_is_better=True,
             predict_with_generate=True,

@@ -7,8 +7,6 @@ model, `gate_report.py` says what its gates chose.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,16 +21,14 @@ from pemt_fast.t5 import T5Model
 from pemt_fast.training.fit import (
     encode,
     finish,
+    finished,
     fit,
     generation_length,
     predict,
-    read_results,
 )
 from pemt_fast.training.gate_report import mean_gates, mean_over_layers, save_gate_map
 from pemt_fast.training.metrics import compute
 from pemt_fast.training.options import TrainOptions
-
-logger = logging.getLogger("pemt_fast")
 
 GATES_IMAGE = "gates.png"
 
@@ -71,20 +67,6 @@ class TaskData:
     prompt_length: int | None = None
 
 
-def _finished(directory: Path, wanted: dict[str, object]) -> dict | None:
-    """Results of a finished run of the same request; another request in its place is an error."""
-    results = read_results(directory)
-    if results is None:
-        return None
-    if results.get("request") != json.loads(json.dumps(wanted)):
-        raise ValueError(
-            f"{directory}: holds a finished run with other settings; choose another output "
-            "directory or remove it"
-        )
-    logger.info("%s: already finished, skipped", directory)
-    return results
-
-
 def _run(
     backbone: Backbone,
     task: TaskData,
@@ -101,7 +83,7 @@ def _run(
         "options": {k: v for k, v in asdict(options).items() if k not in ("progress", "workers")},
         "examples": len(task.splits.train),
     }
-    if (results := _finished(directory, request)) is not None:
+    if (results := finished(directory, request)) is not None:
         return results
     set_seed(options.seed)
     model = get_model(backbone.make(), config, backbone.tokenizer)

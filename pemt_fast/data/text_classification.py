@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single texts to be put into classes: further tasks for `tasks.py`, outside the PEMT experiments.
+
+Label texts are the hub's class names in the hub's order.
+"""
+
+from __future__ import annotations
+
+from pemt_fast.data.template import Task
+
+_TEXT = (("text", "text"),)
+_TEST = ("test", "validation")
+
+TEXT_CLASSIFICATION = (
+    Task(
+        "ag_news",
+        "Sort a short news item by the part of the paper that it belongs to.",
+        dataset="fancyzhx/ag_news",
+        folder="ag_news",
+        source_fields=_TEXT,
+        labels=("World", "Sports", "Business", "Sci/Tech"),
+        split_rule="large",
+        test_splits=_TEST,
+    ),
+    Task(
+        "trec",
+        "Say what kind of thing a question asks for: a person, a place, a number or another.",
+        dataset="CogComp/trec",
+        folder="trec",
+        source_fields=_TEXT,
+        label_column="coarse_label",
+        labels=("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
+        split_rule="large",
+        test_splits=_TEST,
+    ),
+    Task(
+        "subj",
+        "Tell if a sentence about a film states a fact of the plot or somebody's opinion.",
+        dataset="SetFit/subj",
+        folder="subj",
+        source_fields=_TEXT,
+        labels=("objective", "subjective"),
+        split_rule="large",
+        test_splits=_TEST,
+    ),
+)

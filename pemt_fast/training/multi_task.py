@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pemt-fast multitask`: one model for several tasks, by several methods, at equal size.
+
+All methods get the same number of hidden units per adapted layer, the same scale α / r = 1, rates,
+batches and steps; what differs is how tasks share the units. There is no validation: the last
+weights are tested. A finished run is skipped, so the same command continues after a kill.
+`multi_task_report.py` makes the table and the picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
+
+from pemt_fast.attach import get_model
+from pemt_fast.data import get_task, load_splits, tokenize
+from pemt_fast.linear_model import LinearAdapterModel
+from pemt_fast.methods.linear_config import LinearConfig
+from pemt_fast.methods.lora import LoraConfig, MoeLoraConfig
+from pemt_fast.methods.poly import CPolyConfig, PolyConfig
+from pemt_fast.training.fit import (
+    Rows,
+    environment,
+    finish,
+    finished,
+    generation_length,
+    predict,
+    write_json,
+)
+from pemt_fast.training.metrics import compute
+from pemt_fast.training.multi_task_report import majority, save_allocation, write_summary
+from pemt_fast.training.options import TrainOptions
+from pemt_fast.training.run import load_backbone
+from pemt_fast.training.stages import Backbone, TaskData
+from pemt_fast.training.trainer import AdapterTrainer
+
+# C-Poly's published sizes, and the number of skills, splits and experts of the methods beside it.
+COMMON, SPECIFIC, RANK, SKILLS = 3, 1, 2, 4
+# Small, so that the embeddings of MoE-LoRA's gate do not add much to its budget.
+EMBEDDING_WIDTH = 16
+
+
+@dataclass(frozen=True)
+class MultiTaskRequest:
+    """What to train; see `pemt-fast multitask --help`.
+
+    Attributes:
+        model: Directory or hub name of a T5.
+        tasks: Tasks that are trained together.
+        methods: Names of `config_of`.
+        data_dir: Folder of JSONL data sets; None: the hub.
+        units: Hidden units per adapted layer; None: C-Poly's published sizes.
+        target_modules: As in `LinearConfig`.
+        seeds: One run per method and seed.
+        temperature: Of the task sampling.
+        options: Optimisation; the seed is that of the run.
+        limit_train: Examples of a task at most.
+        limit_eval: Test examples of a task at most.
+        data_seed: Seed of the splits.
+    """
+
+    model: str
+    tasks: Sequence[str]
+    methods: Sequence[str] = ("lora", "moe_lora", "poly", "mhr", "c_poly")
+    data_dir: str | Path | None = None
+    units: int | None = None
+    target_modules: Sequence[str] | None = None
+    seeds: Sequence[int] = (1, 2, 3)
+    temperature: float = 2.0
+    options: TrainOptions = field(default_factory=TrainOptions)
+    limit_train: int | None = None
+    limit_eval: int | None = None
+    data_seed: int = 42
+
+
+def config_of(method: str, tasks: Sequence[str], units: int, **common: Any) -> LinearConfig:
+    """The config of a method with `units` hidden units per layer.
+
+    Raises:
+        ValueError: no such method, or the units cannot be shared out evenly.
+    """
+    names, count = {"task_names": tuple(tasks), **common}, len(tasks)
+
+    def share(parts: int) -> int:
+        if units % parts:
+            raise ValueError(f"units must be a multiple of {parts} for {method}, got {units}")
+        return units // parts
+
+    match method:
+        case "lora":
+            return LoraConfig(num_tasks=count, r=units, alpha=units, **names)
+        case "moe_lora":
+            share(SKILLS)
+            return MoeLoraConfig(count, SKILLS, EMBEDDING_WIDTH, r=units, alpha=units, **names)
+        case "poly" | "mhr":
+            rank, splits = share(SKILLS), SKILLS if method == "mhr" else 1
+            return PolyConfig(count, SKILLS, splits, r=rank, alpha=rank, **names)
+        case "c_poly":
+            rank = share(COMMON + SPECIFIC * count)
+            return CPolyConfig(count, COMMON, SPECIFIC, r=rank, alpha=rank, **names)
+    known = "lora, moe_lora, poly, mhr, c_poly"
+    raise ValueError(f"methods must be among {known}, got {method!r}")
+
+
+def _load(name: str, request: MultiTaskRequest) -> TaskData:
+    task = get_task(name)
+    splits = load_splits(
+        task, request.data_dir, seed=request.data_seed,
+        limit_train=request.limit_train, limit_eval=request.limit_eval,
+    )  # fmt: skip
+    return TaskData(task.name, task.description, splits, task)
+
+
+def _encode(
+    tasks: Mapping[str, TaskData], tokenizer: PreTrainedTokenizerBase, options: TrainOptions
+) -> tuple[list[dict[str, Any]], dict[str, Rows]]:
+    """Training rows of all tasks with their `task_ids`, and the test rows of each."""
+    train: list[dict[str, Any]] = []
+    test: dict[str, Rows] = {}
+    for number, (name, task) in enumerate(tasks.items()):
+        parts = {"train": task.splits.train, "test": task.splits.test}
+        if empty := [part for part, examples in parts.items() if not examples]:
+            raise ValueError(f"task {name!r}: the {empty[0]} part is empty")
+        encoded = {
+            part: tokenize(
+                examples, tokenizer, max_source_length=options.max_source_length,
+                max_target_length=options.max_target_length,
+            )
+            for part, examples in parts.items()
+        }  # fmt: skip
+        for rows in encoded.values():
+            for row in rows:
+                cast(dict[str, Any], row)["task_ids"] = number
+        train += encoded["train"]
+        test[name] = encoded["test"]
+    return train, test
+
+
+def train_mixture(
+    backbone: Backbone,
+    tasks: Mapping[str, TaskData],
+    config: LinearConfig,
+    options: TrainOptions,
+    directory: str | os.PathLike[str],
+    *,
+    temperature: float,
+    label: str,
+) -> dict:
+    """Train one model on all tasks and test it on each; skipped where it is finished already.
+
+    Args:
+        backbone: The frozen T5.
+        tasks: By name, in the order of `task_ids`.
+        config: The method.
+        options: Optimisation.
+        directory: The run directory: adapters and `results.json`.
+        temperature: Of the task sampling, see `TaskSampler`.
+        label: What is being trained, for results.
+    """
+    folder = Path(directory)
+    request = {
+        "backbone": backbone.name, "tasks": {n: len(t.splits.train) for n, t in tasks.items()},
+        "config": config.to_dict(), "temperature": temperature,
+        "options": {k: v for k, v in asdict(options).items() if k not in ("progress", "workers")},
+    }  # fmt: skip
+    if (results := finished(folder, request)) is not None:
+        return results
+    tokenizer = backbone.tokenizer
+    train, test = _encode(tasks, tokenizer, options)
+    length = generation_length([train, *test.values()])
+    set_seed(options.seed)
+    model = get_model(backbone.make(), config)
+    try:
+        trainer = AdapterTrainer(
+            model=model,
+            args=options.arguments(folder / "checkpoints", length, evaluates=False),
+            train_dataset=cast(Any, train),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+            task_temperature=temperature,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        scores = {}
+        for name, rows in test.items():
+            texts = predict(
+                model, tokenizer, rows, batch_size=options.eval_batch_size, max_length=length
+            )
+            scores[name] = compute(tasks[name].metrics, texts, list(tasks[name].splits.test))
+        model.save_pretrained(folder)
+        results = {
+            "label": label, "method": config.method, "seed": options.seed, "scores": scores,
+            "steps": trainer.state.global_step, "seconds": round(seconds, 1),
+            "trainable_parameters": model.count_parameters()[0],
+            "allocation": allocation(model), "request": request, "environment": environment(),
+        }  # fmt: skip
+        return finish(folder, results)
+    finally:
+        model.unload()
+
+
+@torch.no_grad()
+def allocation(model: LinearAdapterModel) -> dict[str, list[list[float]]]:
+    """Weight of every skill for every task by layer, mean over splits; empty without routers."""
+    found = {}
+    for name, layer in model.adapted_layers().items():
+        if (router := getattr(layer, "router", None)) is not None:
+            table = router.table()
+            found[name] = (table.mean(1) if table.dim() == 3 else table).tolist()
+    return found
+
+
+def run_multi_task(
+    request: MultiTaskRequest,
+    directory: str | os.PathLike[str],
+    *,
+    report: Callable[[str], object] = lambda line: None,
+) -> dict:
+    """Train what is not trained yet; write `summary.json`, `summary.md` and `allocation.png`.
+
+    Args:
+        request: What to train.
+        directory: Runs go to `<method>/seed<seed>` below it.
+        report: Called with a line per run.
+
+    Raises:
+        ValueError: a name, a count or a label does not fit; before anything is trained.
+    """
+    for name in ("tasks", "methods", "seeds"):
+        values = getattr(request, name)
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{name} must hold at least one value, all different, got {values}")
+    names = [get_task(name).name for name in request.tasks]
+    units = request.units or (COMMON + SPECIFIC * len(names)) * RANK
+    configs = {
+        method: config_of(method, names, units, target_modules=request.target_modules)
+        for method in request.methods
+    }
+    make, tokenizer = load_backbone(request.model)
+    tasks = {name: _load(name, request) for name in names}
+    backbone = Backbone(make, tokenizer, request.model)
+    folder = Path(directory)
+    runs: dict[str, list[dict]] = {method: [] for method in configs}
+    for seed in request.seeds:
+        options = TrainOptions(**{**asdict(request.options), "seed": seed})
+        for method, config in configs.items():
+            report(f"{method}, seed {seed}")
+            runs[method].append(
+                train_mixture(
+                    backbone,
+                    tasks,
+                    config,
+                    options,
+                    folder / method / f"seed{seed}",
+                    temperature=request.temperature,
+                    label=f"{method}, seed {seed}",
+                )  # fmt: skip
+            )
+    summary = {
+        "tasks": {
+            name: {
+                "train": len(task.splits.train), "test": len(task.splits.test),
+                "majority": majority(task),
+            }
+            for name, task in tasks.items()
+        },  # fmt: skip
+        "units": units, "temperature": request.temperature,
+        "options": asdict(request.options), "runs": runs, "environment": environment(),
+    }  # fmt: skip
+    write_json(folder / "summary.json", summary)
+    write_summary(summary, folder / "summary.md")
+    save_allocation(runs, names, folder / "allocation.png")
+    return cast(dict, json.loads((folder / "summary.json").read_text()))

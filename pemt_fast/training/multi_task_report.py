@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `multi_task.py` found: a table of scores, and a picture of the learned allocation."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from pemt_fast.checkpoint import replace_file
+from pemt_fast.training.metrics import compute
+from pemt_fast.training.stages import TaskData
+
+SCORE = "average"  # of a task's metrics
+
+
+def majority(task: TaskData) -> float:
+    """Score in % of always answering the most frequent training target."""
+    most = Counter(example.target for example in task.splits.train).most_common(1)[0][0]
+    test = list(task.splits.test)
+    return compute(task.metrics, [most] * len(test), test)[SCORE]
+
+
+def task_scores(runs: Sequence[Mapping], task: str) -> list[float]:
+    """Of one method on one task, a value per seed."""
+    return [run["scores"][task][SCORE] for run in runs]
+
+
+def means(runs: Sequence[Mapping]) -> list[float]:
+    """Of one method over all tasks, a value per seed."""
+    return [statistics.mean(scores[SCORE] for scores in run["scores"].values()) for run in runs]
+
+
+def _cell(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def table(summary: Mapping) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """Columns and rows: a row per task, a column per method."""
+    runs = summary["runs"]
+    rows: list[tuple[object, ...]] = []
+    for name, task in summary["tasks"].items():
+        scores = [_cell(task_scores(found, name)) for found in runs.values()]
+        rows.append((name, task["train"], task["test"], f"{task['majority']:.1f}", *scores))
+    majorities = statistics.mean(task["majority"] for task in summary["tasks"].values())
+    rows += [
+        ("mean", "", "", f"{majorities:.1f}", *(_cell(means(found)) for found in runs.values())),
+        ("trained parameters", "", "", "",
+         *(f"{found[0]['trainable_parameters']:,}" for found in runs.values())),
+        ("seconds", "", "", "",
+         *(f"{statistics.mean(run['seconds'] for run in found):.0f}" for found in runs.values())),
+    ]  # fmt: skip
+    return ("task", "train", "test", "majority", *runs), rows
+
+
+def markdown(summary: Mapping) -> str:
+    """The table as Markdown, and what it was made with."""
+    columns, rows = table(summary)
+    rule = ("---", *["---:"] * (len(columns) - 1))
+    lines = ("| " + " | ".join(map(str, row)) + " |" for row in (columns, rule, *rows))
+    text = "\n".join(lines)
+    seeds = max(len(found) for found in summary["runs"].values())
+    environment = ", ".join(f"{k} {v}" for k, v in summary["environment"].items() if v)
+    return (
+        f"{text}\n\nScores in %, the mean of a task's metrics; mean and standard deviation over "
+        f"{seeds} seeds of training. `majority`: the most frequent training target.\n\n"
+        f"_{environment}_\n"
+    )
+
+
+def write_summary(summary: Mapping, path: Path) -> None:
+    """The Markdown as a file."""
+    text = markdown(summary)
+    replace_file(path, lambda temporary: temporary.write_text(text))
+
+
+def save_allocation(
+    runs: Mapping[str, Sequence[Mapping]], tasks: Sequence[str], path: Path
+) -> None:
+    """Write a PNG: the weight of every skill for every task, mean over layers and seeds."""
+    from matplotlib.figure import Figure
+
+    tables = {
+        method: torch.tensor([list(run["allocation"].values()) for run in found]).mean((0, 1))
+        for method, found in runs.items()
+        if found[0]["allocation"]
+    }
+    if not tables:
+        return
+    widths = [table.shape[1] for table in tables.values()]
+    figure = Figure(
+        figsize=(2 + 1.2 * len(tables) + 0.35 * sum(widths), 1.4 + 0.35 * len(tasks)),
+        layout="constrained",
+    )
+    axes = figure.subplots(1, len(tables), squeeze=False, width_ratios=[w + 2 for w in widths])[0]
+    for axis, (method, table) in zip(axes, tables.items(), strict=True):
+        image = axis.imshow(table.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axis.set_title(method)
+        axis.set_xlabel("skill")
+        axis.set_xticks(range(table.shape[1]))
+        axis.set_yticks(range(len(tasks)), list(tasks) if axis is axes[0] else [""] * len(tasks))
+    figure.colorbar(image, ax=list(axes), label="weight, mean over layers and seeds")
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
