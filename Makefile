@@ -19,7 +19,7 @@ SANITIZED := build/sanitizers
 KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases sparsity_rows skill_mixture,tests/test_$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-t5 clean
+.PHONY: help venv build demo test test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-t5 bench-poly clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -113,6 +113,10 @@ bench-gpu: $(BUILT)  ## time the GPU kernels over their grid, in at most 9 minut
 bench-t5: $(BUILT)  ## time PEMT's second stage on T5, and its feed-forward tail alone
 	@echo "==> T5 benchmark"
 	@$(BIN)/python benchmarks/bench_t5_step.py $(ARGS)
+
+bench-poly: $(BUILT)  ## time Poly and MHR against peft, on layers and on T5-base
+	@echo "==> Poly benchmark"
+	@$(BIN)/python benchmarks/bench_poly.py $(ARGS)
 
 clean:  ## remove build products and caches; .venv stays
 	rm -rf build dist *.egg-info pemt_fast/_C[._]* $(BUILT) .pytest_cache .ruff_cache .mypy_cache .hypothesis

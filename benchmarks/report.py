@@ -6,8 +6,8 @@
 
 Writes `results/README.md` and its plots, and the short table between the two `benchmark` markers of
 the repository's README; for the grid also `results/<device>-grid.md` with its cells. `--check`
-writes nothing and exits 1 if one of the texts is stale. `--show` prints a run of a grid or of T5,
-also a partial one.
+writes nothing and exits 1 if one of the texts is stale. `--show` prints a run of a grid, of T5 or
+of Poly, also a partial one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ from grid_records import load as load_grid
 from grid_records import newest_grid
 from grid_report import page, page_name, print_grid, section
 from grid_targets import ours
+from poly_records import SUITE as POLY_SUITE
+from poly_records import load as load_poly
+from poly_records import newest_poly
+from poly_report import print_poly
+from poly_report import section as poly_section
 from records import BENCHMARKS, HEAT_MAP_BASELINES, RESULTS, Result, newest
 from rich.console import Console
 from t5_records import SUITE as T5_SUITE
@@ -64,8 +69,9 @@ def long_report(
     plots: dict[str, list[str]],
     grids: Iterable[Result] = (),
     t5s: Iterable[Result] = (),
+    polys: Iterable[Result] = (),
 ) -> str:
-    """`results/README.md`: T5, the grids' summaries (their cells are elsewhere), the operator."""
+    """`results/README.md`: T5, Poly, summaries of the grids, every cell of the operator."""
     parts = [
         "# Results",
         "Written by `make report` from the newest complete run of each device; what the columns "
@@ -73,6 +79,8 @@ def long_report(
     ]
     for t5 in t5s:
         parts += t5_section(t5)
+    for poly in polys:
+        parts += poly_section(poly)
     for grid in grids:
         parts += section(grid)
     for result in results.values():
@@ -117,9 +125,10 @@ def with_block(text: str, new: str) -> str | None:
 def texts(results: dict[str, Result], folder: Path) -> dict[Path, str]:
     """The files of the report in the folder of the results."""
     grids, t5s = newest_grid(folder).values(), newest_t5(folder).values()
+    polys = newest_poly(folder).values()
     plots = {device: plot_names(result) for device, result in results.items()}
     pages = {folder / page_name(grid): page(grid) for grid in grids if ours(grid)}
-    return {folder / "README.md": long_report(results, plots, grids, t5s)} | pages
+    return {folder / "README.md": long_report(results, plots, grids, t5s, polys)} | pages
 
 
 def stale(results: dict[str, Result], folder: Path, readme: Path) -> list[str]:
@@ -160,16 +169,22 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print a run of a grid or of T5")
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="print a run that is not of the operator"
+    )
     options = parser.parse_args()
     if options.show is not None:
-        if json.loads(options.show.read_text()).get("suite") == T5_SUITE:
+        suite = json.loads(options.show.read_text()).get("suite")
+        if suite == T5_SUITE:
             print_t5(load_t5(options.show), Console())
+        elif suite == POLY_SUITE:
+            print_poly(load_poly(options.show), Console())
         else:
             print_grid(load_grid(options.show), Console())
         return 0
     results = newest(options.results)
-    if not (results or newest_grid(options.results) or newest_t5(options.results)):
+    others = (newest_grid, newest_t5, newest_poly)
+    if not (results or any(find(options.results) for find in others)):
         print(f"no complete result in {options.results}; `make bench` makes one")
         return 0 if options.check else 1
     if options.check:

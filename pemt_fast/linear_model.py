@@ -18,7 +18,7 @@ from pemt_fast.attached import AttachedModel
 from pemt_fast.inputs import TaskIds, read_task_ids
 from pemt_fast.nn.adapted_linear import AdaptedLinear
 from pemt_fast.nn.routers import Router
-from pemt_fast.nn.routing import RoutingState, route_checkpoints
+from pemt_fast.nn.routing import UNSEEN_TASK, RoutingState, route_checkpoints
 
 if TYPE_CHECKING:
     from pemt_fast.methods.task_config import TaskConfig
@@ -47,7 +47,11 @@ class LinearAdapterModel(AttachedModel):
         if not self.routing.enabled or self.merged or not self.adapter_config.uses_tasks:
             return RoutingState()
         tasks = read_task_ids(task_ids, self.tasks, batch, device, knows_unseen=True)
-        return RoutingState(task_ids=tasks, num_tasks=len(self.tasks))
+        state = RoutingState(task_ids=tasks, num_tasks=len(self.tasks))
+        # Where looking waits for nothing: with all tasks known the routers have less to do.
+        if tasks is not None and tasks.device.type == "cpu" and not torch.compiler.is_compiling():
+            state.may_be_unseen = bool((tasks == UNSEEN_TASK).any())
+        return state
 
     def forward(
         self,

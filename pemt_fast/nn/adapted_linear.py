@@ -108,7 +108,7 @@ class MixtureLinear(AdaptedLinear):
         """`[rows, E]`, or `[E]` where it is the same for all."""
         if self.router is None:
             return torch.full((len(self.mixture.ranks),), self.scale, device=self.weight.device)
-        weights, task_rows = self.router(state.task_rows(rows), rows)
+        weights, task_rows = self.router(state.task_rows(rows), rows, state.may_be_unseen)
         if task_rows is not None:
             weights = F.embedding(task_rows, weights)
         elif len(weights) == 1:

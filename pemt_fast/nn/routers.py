@@ -32,18 +32,21 @@ class Router(nn.Module):
         """The row of a task that was not trained, like a row of `table`."""
         return torch.full_like(table[0], 1 / table.shape[-1])
 
-    def forward(self, task_ids: Tensor | None, rows: int) -> Rows:
-        """Rows for `task_ids [rows]`; None where there is only one task."""
-        return self._select(self.table(), task_ids)
+    def forward(self, task_ids: Tensor | None, rows: int, may_be_unseen: bool = True) -> Rows:
+        """Rows for `task_ids [rows]`; None where there is only one task.
+
+        Without `may_be_unseen` no id is `UNSEEN_TASK`.
+        """
+        return self._select(self.table(), task_ids, may_be_unseen)
 
     def of_task(self, task: int) -> Tensor:
         """Weights of one task without noise."""
         table = self.table()
         return self.unseen(table) if task == UNSEEN_TASK else table[task]
 
-    def _select(self, table: Tensor, task_ids: Tensor | None) -> Rows:
-        if task_ids is None:
-            return table, None
+    def _select(self, table: Tensor, task_ids: Tensor | None, may_be_unseen: bool) -> Rows:
+        if task_ids is None or not may_be_unseen:
+            return table, task_ids
         table = torch.cat([table, self.unseen(table).unsqueeze(0)])
         return table, torch.where(task_ids == UNSEEN_TASK, len(table) - 1, task_ids)
 
@@ -78,10 +81,10 @@ class SkillRouter(Router):
         weights = chosen / (chosen.sum(-1, keepdim=True) + _EPS)
         return weights.squeeze(-2) if self.logits.shape[1] == 1 else weights
 
-    def forward(self, task_ids: Tensor | None, rows: int) -> Rows:
+    def forward(self, task_ids: Tensor | None, rows: int, may_be_unseen: bool = True) -> Rows:
         """As in `Router`; one row per sequence where there is noise."""
         if not (self.training and self.noise):
-            return super().forward(task_ids, rows)
+            return super().forward(task_ids, rows, may_be_unseen)
         logits = wide(self.logits)
         if task_ids is None:
             task_ids = torch.zeros(rows, dtype=torch.int64, device=logits.device)
@@ -140,10 +143,10 @@ class CustomizedRouter(Router):
         row[:skills] = 1 / skills
         return row
 
-    def forward(self, task_ids: Tensor | None, rows: int) -> Rows:
+    def forward(self, task_ids: Tensor | None, rows: int, may_be_unseen: bool = True) -> Rows:
         """As in `Router`."""
         if self.common is None or not (self.training and self.common.noise):
-            return super().forward(task_ids, rows)
+            return super().forward(task_ids, rows, may_be_unseen)
         common, _ = self.common(task_ids, rows)
         specific = wide(self.specific)
         if task_ids is None:

@@ -38,6 +38,7 @@ class RoutingState:
         decoder_mask: `[B, S]`, the same for the decoder.
         task_ids: `[B]`, the task of each sequence; None where the model has only one.
         num_tasks: How many there are.
+        may_be_unseen: Whether one of `task_ids` may be `UNSEEN_TASK`; False only if known.
         prompt_mask: `[B, P]`, prompt positions that count; None for all.
         generating: Whether this is a `generate` call: the decoder's gates are computed once.
         gate_threshold: Gate weights below it are dropped, outside of training.
@@ -55,6 +56,7 @@ class RoutingState:
     decoder_mask: Tensor | None = None
     task_ids: Tensor | None = None
     num_tasks: int = 1
+    may_be_unseen: bool = True
     prompt_mask: Tensor | None = None
     generating: bool = False
     gate_threshold: float = 0.0

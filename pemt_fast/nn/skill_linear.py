@@ -77,7 +77,7 @@ class SkillLinear(AdaptedLinear):
 
     def prepare(self, state: RoutingState, rows: int) -> TaskFactors:
         """The factors of all tasks, or those of each sequence if there are fewer of them."""
-        mixing, task_rows = self.router(state.task_rows(rows), rows)
+        mixing, task_rows = self.router(state.task_rows(rows), rows, state.may_be_unseen)
         if task_rows is not None and len(mixing) > rows:
             mixing, task_rows = mixing[task_rows], torch.arange(rows, device=mixing.device)
         down, up = self._mixed(mixing)
@@ -90,7 +90,7 @@ class SkillLinear(AdaptedLinear):
         if self.name in state.prepared:
             return state.prepared[self.name].adapt(x, base)
         rows = x.shape[0]
-        mixing, task_rows = self.router(state.task_rows(rows), rows)
+        mixing, task_rows = self.router(state.task_rows(rows), rows, state.may_be_unseen)
         return skill_mixture(
             x, mixing, self.a, self.b, task_ids=task_rows, base=base, scale=self.scale
         )
@@ -168,7 +168,7 @@ class MtlLoraLinear(AdaptedLinear):
         """The pairs of all tasks, those of an unseen one behind them."""
         down, up = self._pairs()
         task_ids = state.task_rows(rows)
-        if task_ids is not None:
+        if task_ids is not None and state.may_be_unseen:
             down, up = (torch.cat([pairs, pairs.mean(0, keepdim=True)]) for pairs in (down, up))
             task_ids = torch.where(task_ids == UNSEEN_TASK, len(down) - 1, task_ids)
         return TaskFactors(down, self.scale * up, task_ids)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of the Poly suite says: the targets, and a table for layers and for models."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from grid_targets import Target
+from poly_cases import COMPILED, FORWARD, GENERATE, MANY, OURS, PEFT, STEP
+from poly_records import LAYER, MODEL, PolyRow
+from records import Result, Row
+from rich.console import Console
+from rich.text import Text
+from tables import LOST, machine, markdown, number, print_tables, rich_table
+
+ADDED = f"{PEFT} added"
+COLUMNS = (
+    "case", "dtype", "mode", "contender", "ms", "20–80 %", "added %", "× peft", "added × peft",
+    "× compiled", "peak MiB", "deviation",
+)  # fmt: skip
+TARGET_COLUMNS = ("where", "what", "target", "cells", "worst found", "in", "reached")
+READING = (
+    "Base layer or model included. added: time beyond the frozen layer or model alone, over its "
+    "time; added × peft: peft's added time over ours. × peft, × compiled: how many times faster "
+    f"than peft's layer, and than its arithmetic under torch.compile ({LOST}: slower). deviation: "
+    "the largest relative difference to peft in float64. Adapters have the dtype of the model."
+)
+TITLES = {LAYER: "One layer of T5-base", MODEL: "T5-base, adapters at q and v"}
+
+
+def _speedup(row: Row) -> float:
+    return row.speedup.get(PEFT, math.nan)
+
+
+def _added(row: Row) -> float:
+    return row.speedup.get(ADDED, math.nan)
+
+
+def targets(result: Result) -> tuple[Target, ...]:
+    """At least as fast everywhere, twice where there are many skills; no more memory."""
+    others: dict[tuple[str, ...], Any] = {(*row.cell, row.provider): row for row in result.rows}
+
+    def memory(row: Row) -> float:
+        theirs, own = (others[(*row.cell, n)].peak_memory_mib for n in (PEFT, OURS))
+        return own / theirs if theirs and own is not None else math.nan
+
+    def group(name: str, mode: str | None = None) -> Any:
+        return lambda row: row.group == name and mode in (None, row.mode)
+
+    def many(row: Row) -> bool:
+        return row.E >= MANY
+
+    every: Any = {"every_cell": True}
+    where = f"{MANY} skills or more"
+    return (
+        *(Target(f"one layer, {mode}", "× peft", 1.0, group(LAYER, mode), _speedup, **every)
+          for mode in (FORWARD, STEP)),
+        *(Target(f"T5-base, {mode}", "× peft", 1.0, group(MODEL, mode), _speedup, **every)
+          for mode in (FORWARD, STEP, GENERATE)),
+        Target(where, "× peft", 2.0, many, _speedup, **every),
+        Target(where, "peft's added time / ours", 2.0, many, _added, **every),
+        Target("everywhere", "peak memory / peft's", 1.0, lambda row: row.mode != GENERATE, memory,
+               every_cell=True, at_most=True),
+    )  # fmt: skip
+
+
+def target_cells(result: Result) -> list[list[str]]:
+    """A line of `TARGET_COLUMNS` for each target; with a refused cell it is not reached."""
+    lines = []
+    for target in targets(result):
+        rows = [row for row in result.rows if row.provider == OURS and target.keep(row)]
+        refused = [row for row in rows if row.error]
+        kept = [row for row in rows if not row.error and not math.isnan(target.value(row))]
+        found = where = "–"
+        if kept:
+            worst = target.worst(kept)
+            found = f"{target.value(worst):.2f}"
+            where = f"{worst.case}, {worst.dtype}, {worst.mode}"
+        fails = refused or (kept and not target.reached(kept))
+        reached = "**no**" if fails else "yes" if kept else "not measured"
+        count = f"{len(kept)}, {len(refused)} refused" if refused else str(len(kept))
+        bound = f"{'≤' if target.at_most else '≥'} {target.bound:.2f}"
+        lines.append([target.where, target.what, bound, count, found, where, reached])
+    return lines
+
+
+def row_cells(row: PolyRow) -> list[str]:
+    """One text per column of `COLUMNS`."""
+    name = row.provider if row.impl is None else f"{row.provider} ({row.impl})"
+    head = [row.case, row.dtype, row.mode, name]
+    if row.error:
+        return [*head, f"refused: {row.error}", *[""] * (len(COLUMNS) - 5)]
+    spread = "–" if row.p20_ms is None else f"{number(row.p20_ms)}–{number(row.p80_ms)}"
+
+    def against(baseline: str) -> str:
+        if row.provider != OURS or baseline not in row.speedup:
+            return "–"
+        return f"{row.speedup[baseline]:.2f}{f' {LOST}' if row.loses_to(baseline) else ''}"
+
+    added = "–" if row.added is None else f"{100 * row.added:.1f}"
+    deviation = "–" if row.deviation is None else f"{row.deviation:.0e}"
+    ratios = (against(PEFT), against(ADDED), against(COMPILED))
+    return [*head, number(row.median_ms), spread, added, *ratios,
+            number(row.peak_memory_mib), deviation]  # fmt: skip
+
+
+def _groups(result: Result) -> list[tuple[str, list[PolyRow]]]:
+    rows: list[PolyRow] = result.rows  # type: ignore[assignment]
+    found = [(TITLES[name], [row for row in rows if row.group == name]) for name in TITLES]
+    return [group for group in found if group[1]]
+
+
+def section(result: Result) -> list[str]:
+    """The part of `results/README.md` on this run, in paragraphs."""
+    parts = [f"## {result.device}: Poly and MHR against peft", machine(result), "### Poly: targets"]
+    parts += [markdown(TARGET_COLUMNS, target_cells(result), text_columns=2), READING]
+    for title, rows in _groups(result):
+        parts += [f"### {title}", markdown(COLUMNS, map(row_cells, rows), text_columns=4)]  # type: ignore[arg-type]
+    return parts
+
+
+def print_poly(result: Result, console: Console) -> None:
+    """Targets and all tables."""
+    shown = []
+    for title, rows in _groups(result):
+        table = rich_table(title, COLUMNS, text_columns=4)
+        for row in rows:
+            cells = row_cells(row)
+            if row.error:  # in full below the tables
+                cells[4] = "refused"
+            lost = row.error or row.loses_to(PEFT)
+            table.add_row(*map(Text, cells), style="red" if lost else None)
+        shown.append(table)
+    reached = rich_table("Targets", TARGET_COLUMNS, text_columns=2)
+    for line in target_cells(result):
+        reached.add_row(*(cell.replace("**", "") for cell in line))
+    print_tables([*shown, reached], result, console)
