@@ -69,15 +69,14 @@ enum Input { kX, kMixing, kA, kB };
 
 // d_mixed [sequences, R, width] of one factor: sums over tokens of units * rows.
 void factor_gradient(const SkillCall& call, const void* units, const char* rows, int64_t row,
-                     int64_t width, float* d_mixed, int threads) {
-  const cpu::WeightGradient work{units,   cpu_dtype(call.type), rows, row, width,
-                                 d_mixed, cpu::Dtype::f32};
+                     int64_t width, char* d_mixed, int threads) {
+  const cpu::Dtype type = cpu_dtype(call.type);
+  const cpu::WeightGradient work{units, type, rows, row, width, d_mixed, type};
   cpu::run(cpu::kernels(), &work, 1, call.tokens, call.rank, cpu_dtype(call.type), call.bf16,
            threads);
 }
 
-// Gradients with respect to the mixed factors, [sequences, R, width] float32; undefined if not
-// asked for.
+// Gradients with respect to the mixed factors, [sequences, R, width]; undefined if not asked for.
 struct FactorGradients {
   Tensor down, up;
 };
@@ -87,13 +86,13 @@ FactorGradients walk_back(const SkillCall& call, const Tensor& grad_rows, const 
                           const OptionalTensor& hidden, const Factors& up, const Factors& down,
                           const std::array<bool, 4>& needs, Tensor& d_x) {
   const int64_t all = call.all_tokens();
-  const auto floats = [&](int64_t width) {
-    return at::empty({call.sequences, call.rank, width}, at::kFloat);
+  const auto of_sequences = [&](int64_t width) {
+    return at::empty({call.sequences, call.rank, width}, grad_rows.options());
   };
   FactorGradients found;
   const bool walks_back = needs[kX] || needs[kMixing] || needs[kA];
-  if (needs[kMixing] || needs[kA]) found.down = floats(call.d);
-  if (needs[kMixing] || needs[kB]) found.up = floats(call.h);
+  if (needs[kMixing] || needs[kA]) found.down = of_sequences(call.d);
+  if (needs[kMixing] || needs[kB]) found.up = of_sequences(call.h);
   // Also what the pass reads as the saved units where the caller kept none: their values only
   // make the gradient of a gate, for which nobody asks.
   const Tensor d_units = at::empty({all, call.rank}, grad_rows.options());
@@ -103,6 +102,9 @@ FactorGradients walk_back(const SkillCall& call, const Tensor& grad_rows, const 
   const Tensor units = hidden ? as_rows(*hidden, all, call.rank).contiguous() : d_units;
   const cpu::Kernels& k = cpu::kernels();
   const Walks walks(call);
+  const auto of = [&](const Tensor& t, int64_t s) {
+    return (char*)t.mutable_data_ptr() + s * t.stride(0) * t.element_size();
+  };
   const auto row_of = [&](const Tensor& t) { return all > 1 ? t.stride(0) : t.size(1); };
   for_sequences(call, [&](int64_t s, int threads) {
     cpu::Walk w = walks.walk(s, grad_rows);
@@ -120,12 +122,11 @@ FactorGradients walk_back(const SkillCall& call, const Tensor& grad_rows, const 
     }
     if (found.down.defined()) {
       factor_gradient(call, walks.at_row(d_units, s), walks.at_row(x_rows, s), row_of(x_rows),
-                      call.d, found.down.mutable_data_ptr<float>() + s * call.rank * call.d,
-                      threads);
+                      call.d, of(found.down, s), threads);
     }
     if (found.up.defined()) {
       factor_gradient(call, walks.at_row(units, s), (const char*)w.x, row_of(grad_rows), call.h,
-                      found.up.mutable_data_ptr<float>() + s * call.rank * call.h, threads);
+                      of(found.up, s), threads);
     }
   });
   return found;
@@ -151,7 +152,8 @@ SkillGradients unmixed(const SkillCall& call, const FactorGradients& found, cons
                        Tensor& d_skills, int64_t which) {
     if (!d_mixed.defined()) return;
     cpu::SkillFactor& f = factors[count++] = skill_factor(skills, weights);
-    f.d_mixed = d_mixed.const_data_ptr<float>();
+    f.d_mixed = d_mixed.const_data_ptr();
+    f.d_mixed_dtype = cpu_dtype(d_mixed.scalar_type());
     if (d_skills.defined()) f.d_skills = d_skills.mutable_data_ptr();
     if (needs[kMixing]) f.d_weights = d_weights[which].mutable_data_ptr<float>();
   };
@@ -168,11 +170,12 @@ SkillGradients unmixed(const SkillCall& call, const FactorGradients& found, cons
 SkillGradients summed(const SkillCall& call, const FactorGradients& found, double scale,
                       const std::array<bool, 4>& needs) {
   const auto sum = [&](const Tensor& d_mixed) {
-    if (call.row_of.empty()) return call.of_tasks(d_mixed);
+    const Tensor wide = d_mixed.to(at::kFloat);
+    if (call.row_of.empty()) return call.of_tasks(wide);
     at::DimVector sizes(d_mixed.sizes().begin(), d_mixed.sizes().end());
     sizes[0] = call.rows;
     const Tensor rows = at::tensor(call.row_of, at::kLong);
-    return call.of_tasks(at::zeros(sizes, at::kFloat).index_add_(0, rows, d_mixed));
+    return call.of_tasks(at::zeros(sizes, at::kFloat).index_add_(0, rows, wide));
   };
   SkillGradients result;
   if (needs[kA]) result.d_a = sum(found.down);

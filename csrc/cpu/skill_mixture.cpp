@@ -77,19 +77,33 @@ void mix_row(const Kernels& k, const SkillSizes& z, const Task& task, Dtype stor
   }
 }
 
-// d_mixed [rows, width] of one split and one r, sequences of the same row added up.
+// d_mixed [rows, width] of one split and one r in float32, sequences of the same row added up.
 struct RowSums {
   const float* data;
   int64_t row;
 };
 
-RowSums sum_sequences(const SkillSizes& z, const Task& task, float* sums) {
+// `sums` [rows, width], `wide` [width].
+RowSums sum_sequences(const Kernels& k, const SkillSizes& z, const Task& task, float* sums,
+                      float* wide) {
   const SkillFactor& f = *task.factor;
   const int64_t full = z.splits * f.width, each = z.rank * full;
-  const float* from = f.d_mixed + task.r * full + task.split * f.width;
-  if (z.row_of == nullptr) return {from, each};
+  const int64_t first = task.r * full + task.split * f.width;
+  const bool is_float = f.d_mixed_dtype == Dtype::f32;
+  if (z.row_of == nullptr && is_float) return {(const float*)f.d_mixed + first, each};
+  const auto at = [&](int64_t s) {
+    return (const char*)f.d_mixed + (s * each + first) * size_of(f.d_mixed_dtype);
+  };
+  if (z.row_of == nullptr) {
+    for (int64_t s = 0; s < z.sequences; s++) {
+      k.to_f32[(int)f.d_mixed_dtype](at(s), f.width, sums + s * f.width);
+    }
+    return {sums, f.width};
+  }
   std::memset(sums, 0, size_t(z.rows * f.width) * sizeof(float));
-  for (int64_t s = 0; s < z.sequences; s++, from += each) {
+  for (int64_t s = 0; s < z.sequences; s++) {
+    const float* from = is_float ? (const float*)at(s) : wide;
+    if (!is_float) k.to_f32[(int)f.d_mixed_dtype](at(s), f.width, wide);
     float* to = sums + z.row_of[s] * f.width;
     for (int64_t i = 0; i < f.width; i++) to[i] += from[i];
   }
@@ -173,15 +187,17 @@ void unmix(const Kernels& kernels, const SkillSizes& z, const SkillFactor* facto
   parallel(team, [&](int thread) {
     if (thread >= team) return;
     const size_t sums_bytes = Workspace::round_up(size_t(z.skills * kBlockColumns) * 4);
-    const size_t rows_bytes = z.row_of ? size_t(z.rows * widest) * 4 : 0;
-    char* memory = (char*)Workspace::of_this_thread().reserve(sums_bytes + rows_bytes);
+    const size_t rows_bytes = Workspace::round_up(size_t(z.rows * widest) * 4);
+    char* memory =
+        (char*)Workspace::of_this_thread().reserve(sums_bytes + rows_bytes + size_t(widest) * 4);
+    float* wide = (float*)(memory + sums_bytes + rows_bytes);
     const int64_t end = share_begin(all, thread + 1, team);
     for (int64_t i = share_begin(all, thread, team); i < end; i++) {
       const Task task = tasks.at(i);
       const int64_t which = task.factor - factors;
       float* d_weights =
           task.factor->d_weights ? parts.data() + part * (which * team + thread) : nullptr;
-      const RowSums d_mixed = sum_sequences(z, task, (float*)(memory + sums_bytes));
+      const RowSums d_mixed = sum_sequences(kernels, z, task, (float*)(memory + sums_bytes), wide);
       unmix_row(kernels, z, task, d_mixed, (float*)memory, d_weights);
     }
   });

@@ -26,9 +26,10 @@ struct SkillFactor {
   const float* weights;  // [rows, P, K]
   void* mixed;           // [rows, R, P * width], see `mix`
 
-  const float* d_mixed;  // [sequences, R, P * width]
-  void* d_skills;        // like skills, or null
-  float* d_weights;      // [rows, P, K], or null
+  const void* d_mixed;  // [sequences, R, P * width]
+  Dtype d_mixed_dtype;
+  void* d_skills;    // like skills, or null
+  float* d_weights;  // [rows, P, K], or null
 };
 
 // Rounded once to `storage`; kept as bfloat16 where products are of bfloat16, else as float32.
