@@ -22,7 +22,7 @@ from real_run import remembered, run
 PRETRAIN_TASKS = "mnli,snli,qqp,qnli,scitail,cola"
 TASKS = "cb,boolq,rte,wic,mrpc,sst2,ag_news,trec,subj"
 TRAIN = (
-    f"--tasks {TASKS} --steps 600 --lr 5e-3 --batch-size 32 --max-source-length 96 --limit-eval 300"
+    f"--tasks {TASKS} --steps 500 --lr 5e-3 --batch-size 16 --max-source-length 64 --limit-eval 300"
 )
 
 
