@@ -7,6 +7,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
   $$python -c '$(USABLE)' 2>/dev/null && echo $$python && break; done)
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Processes of `make test`; files are handed out whole.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # 1: an extension that does not build is an error; 0: work without it (no C++ compiler needed).
 PEMT_FAST_BUILD ?= 1
 
@@ -57,7 +59,7 @@ demo: $(BUILT)  ## train a tiny mixture and show which adapters its gate picks
 
 test: $(BUILT)  ## run the tests; those that need a GPU skip themselves where there is none
 	@echo "==> tests"
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # A copy of the package below build/, whose extension can only be loaded after its sanitizers;
 # libstdc++ comes along so that they see exceptions. A report names no test: ARGS=-v shows which it was.

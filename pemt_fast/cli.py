@@ -204,7 +204,9 @@ def multitask(
     units: Annotated[
         int | None, typer.Option(help="Hidden units per layer; default: C-Poly's 2·(3 + tasks).")
     ] = None,
-    targets: Annotated[str, typer.Option(help="Layers; default: query and value.")] = "",
+    targets: Annotated[
+        str, typer.Option(help="Layers, or all-linear; default: query and value.")
+    ] = "",
     seeds: Annotated[str, typer.Option(help="Of training, comma separated.")] = "1,2,3",
     steps: Annotated[int | None, typer.Option(help="Default: one epoch.")] = None,
     lr: Annotated[float, typer.Option(help="Of adapters; routers have their own.")] = 1e-3,
@@ -217,6 +219,7 @@ def multitask(
     bf16: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
 ) -> None:
     """Compare C-Poly, Poly, MHR and LoRA mixtures on several tasks, at equal size."""
+    from pemt_fast.methods.linear_config import ALL_LINEAR
     from pemt_fast.training.multi_task import MultiTaskRequest, run_multi_task
     from pemt_fast.training.multi_task_report import table
     from pemt_fast.training.options import TrainOptions
@@ -225,8 +228,9 @@ def multitask(
         learning_rate=lr, steps=steps, epochs=1, batch_size=batch_size, bf16=bf16,
         max_source_length=max_source_length, progress=sys.stderr.isatty(),
     )  # fmt: skip
+    layers = targets if targets == ALL_LINEAR else _split(targets) or None
     request = MultiTaskRequest(
-        model, _split(tasks), _split(methods), data, units, _split(targets) or None,
+        model, _split(tasks), _split(methods), data, units, layers,
         [int(seed) for seed in _split(seeds)], temperature, options, limit_train, limit_eval,
         data_seed,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What every test shares: offline libraries, a fixed seed, two threads, where the data is."""
+"""What every test shares: offline libraries, a fixed seed, one or two threads, where the data is."""
 
 import os
 import tempfile
@@ -14,6 +14,8 @@ os.environ.update(
     HF_HOME=_CACHE.name,
     PEMT_FAST_CACHE=f"{_CACHE.name}/pemt_fast",
 )
+# Processes beside each other: threads that wait by spinning would take the other one's core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -25,7 +27,7 @@ if not torch.cuda.is_available():
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
 

@@ -99,6 +99,14 @@ def test_rows_carry_their_task(folder):
     assert majority(tasks["sst2"]) == 50.0
 
 
+def test_all_linear_layers_and_one_seed(folder, tmp_path):
+    changes = {"--targets": "all-linear", "--methods": "c_poly", "--seeds": 3, "--units": 10}
+    assert run_cli(*command(folder, tmp_path, **changes)) == 0
+    (run,) = json.loads((tmp_path / "summary.json").read_text())["runs"]["c_poly"]
+    assert any(name.endswith("wo") for name in run["allocation"])
+    assert "over 1 seeds" not in (tmp_path / "summary.md").read_text()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_scale_is_one_for_all(method):
     config = config_of(method, TASKS, 40)

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,7 +73,7 @@ class MultiTaskRequest:
     methods: Sequence[str] = ("lora", "moe_lora", "poly", "mhr", "c_poly")
     data_dir: str | Path | None = None
     units: int | None = None
-    target_modules: Sequence[str] | None = None
+    target_modules: str | Sequence[str] | None = None
     seeds: Sequence[int] = (1, 2, 3)
     temperature: float = 2.0
     options: TrainOptions = field(default_factory=TrainOptions)
@@ -123,7 +123,11 @@ def _load(name: str, request: MultiTaskRequest) -> TaskData:
 def _encode(
     tasks: Mapping[str, TaskData], tokenizer: PreTrainedTokenizerBase, options: TrainOptions
 ) -> tuple[list[dict[str, Any]], dict[str, Rows]]:
-    """Training rows of all tasks with their `task_ids`, and the test rows of each."""
+    """Training rows of all tasks with their `task_ids`, and the test rows of each.
+
+    Texts begin with the name of the task, as in T5's pretraining: methods that take no notice of
+    task ids see it too.
+    """
     train: list[dict[str, Any]] = []
     test: dict[str, Rows] = {}
     for number, (name, task) in enumerate(tasks.items()):
@@ -132,7 +136,8 @@ def _encode(
             raise ValueError(f"task {name!r}: the {empty[0]} part is empty")
         encoded = {
             part: tokenize(
-                examples, tokenizer, max_source_length=options.max_source_length,
+                [replace(e, source=f"{name}: {e.source}") for e in examples], tokenizer,
+                max_source_length=options.max_source_length,
                 max_target_length=options.max_target_length,
             )
             for part, examples in parts.items()

@@ -64,10 +64,11 @@ def markdown(summary: Mapping) -> str:
     lines = ("| " + " | ".join(map(str, row)) + " |" for row in (columns, rule, *rows))
     text = "\n".join(lines)
     seeds = max(len(found) for found in summary["runs"].values())
+    over = f"; mean and standard deviation over {seeds} seeds of training" if seeds > 1 else ""
     environment = ", ".join(f"{k} {v}" for k, v in summary["environment"].items() if v)
     return (
-        f"{text}\n\nScores in %, the mean of a task's metrics; mean and standard deviation over "
-        f"{seeds} seeds of training. `majority`: the most frequent training target.\n\n"
+        f"{text}\n\nScores in %, the mean of a task's metrics{over}. `majority`: the most frequent "
+        "training target.\n\n"
         f"_{environment}_\n"
     )
 
