@@ -1,4 +1,4 @@
-"""What every test shares: offline libraries, a fixed seed, one or two threads, where the data is."""
+"""What every test shares: offline libraries, a fixed seed, few threads, where the data is."""
 
 import os
 import tempfile

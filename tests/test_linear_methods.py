@@ -149,6 +149,24 @@ def test_generation_equals_one_task_at_a_time(method, kind, options):
             assert torch.equal(mixed[row], alone[row])
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["looked-at", "not-looked-at"])
+@pytest.mark.parametrize("method", ["poly", "mhr", "c-poly", "c-poly-average"])
+def test_unseen_tasks_in_training_with_noise(method, known):
+    """They get the uniform average without noise, the others the noise they get without them."""
+    router = (
+        adapted(method).train().adapted_layers()["encoder.block.0.layer.0.SelfAttention.q"].router
+    )
+    task_ids = torch.tensor([1, pemt_fast.UNSEEN_TASK, 2])
+
+    def rows(ids, **options):
+        torch.manual_seed(7)
+        return router(ids, len(ids), **options)[0]
+
+    mixed, seen = rows(task_ids), rows(task_ids.clamp_min(0), may_be_unseen=known)
+    torch.testing.assert_close(mixed[[0, 2]], seen[[0, 2]], rtol=0, atol=0)
+    torch.testing.assert_close(mixed[1], router.of_task(pemt_fast.UNSEEN_TASK), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("beams", [1, 3])
 @every_method

@@ -87,10 +87,15 @@ class SkillRouter(Router):
             return super().forward(task_ids, rows, may_be_unseen)
         logits = wide(self.logits)
         if task_ids is None:
-            task_ids = torch.zeros(rows, dtype=torch.int64, device=logits.device)
+            task_ids, may_be_unseen = logits.new_zeros(rows, dtype=torch.int64), False
+        seen = task_ids.clamp_min(0) if may_be_unseen else task_ids
         # F.embedding adds up the gradients of a task's rows in a fixed order; an index would not.
-        chosen = F.embedding(task_ids, logits.flatten(1)).view(rows, *logits.shape[1:])
-        return self._weights(chosen + _logistic(chosen)), None
+        chosen = F.embedding(seen, logits.flatten(1)).view(rows, *logits.shape[1:])
+        weights = self._weights(chosen + _logistic(chosen))
+        if may_be_unseen:
+            unseen = _per_row(task_ids == UNSEEN_TASK, weights)
+            weights = torch.where(unseen, self.unseen(weights), weights)
+        return weights, None
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -147,12 +152,14 @@ class CustomizedRouter(Router):
         """As in `Router`."""
         if self.common is None or not (self.training and self.common.noise):
             return super().forward(task_ids, rows, may_be_unseen)
-        common, _ = self.common(task_ids, rows)
+        common, _ = self.common(task_ids, rows, may_be_unseen)
         specific = wide(self.specific)
         if task_ids is None:
             specific = specific.expand(rows, -1)
         else:
-            specific = F.embedding(task_ids, specific)
+            specific = F.embedding(task_ids.clamp_min(0), specific)
+            if may_be_unseen:
+                specific = specific * _per_row(task_ids != UNSEEN_TASK, specific)
         return torch.cat([common, specific], -1), None
 
     def extra_repr(self) -> str:
@@ -186,6 +193,11 @@ class TaskEmbeddingRouter(Router):
 def wide(tensor: Tensor) -> Tensor:
     """In float32, float64 as it is; differentiable."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _per_row(flags: Tensor, like: Tensor) -> Tensor:
+    """`[rows]` for the rows of a tensor of more dimensions."""
+    return flags.view(-1, *(1,) * (like.dim() - 1))
 
 
 def _logistic(like: Tensor) -> Tensor:
