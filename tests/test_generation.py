@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
+from linear_models import adapted
 from t5_factory import pemt_config, randomise, tiny_batch, tiny_t5
 from transformers import CompileConfig
 
 import pemt_fast
+from pemt_fast import UNSEEN_TASK
 
 CASES = {
     "lora": {},
@@ -78,6 +80,24 @@ def test_compiled_decoding_gives_the_same_tokens_from_one_graph(case):
     assert any(name.startswith("adapter_mixture") for name in called)
     # Gates and their pooling belong to the first step; nothing in the graph waits for a device.
     for absent in ("softmax", "item", "_local_scalar_dense", "nonzero", "repeat_interleave"):
+        assert absent not in called
+
+
+@pytest.mark.parametrize("method", ["lora", "moe-lora", "mtl-lora", "poly", "mhr", "c-poly"])
+def test_compiled_decoding_of_tasks_asks_no_router(method):
+    torch._dynamo.reset()
+    model = adapted(method)
+    graphs = Graphs()
+    for seed, task_ids in enumerate(([2, 0, 1, 0], [1, 1, 1, 2], [0, UNSEEN_TASK, 2, 1])):
+        batch = tiny_batch(4, source=9, seed=seed)
+        call = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        expected = model.generate(**call, task_ids=task_ids, **OPTIONS)
+        found = model.generate(**call, task_ids=task_ids, **OPTIONS, **compiled_options(graphs))
+        assert_same(found, expected)
+    assert len(graphs.seen) == 1
+    called = re.findall(r"\w+", " ".join(graphs.called()))
+    assert any(name.startswith(("adapter_mixture", "skill_mixture")) for name in called)
+    for absent in ("sigmoid", "einsum", "item", "repeat_interleave"):
         assert absent not in called
 
 

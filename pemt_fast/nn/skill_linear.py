@@ -76,8 +76,11 @@ class SkillLinear(AdaptedLinear):
         self.router = router
 
     def prepare(self, state: RoutingState, rows: int) -> TaskFactors:
-        """The factors of all tasks, or those of each sequence if there are fewer of them."""
-        mixing, task_rows = self.router(state.task_rows(rows), rows, state.may_be_unseen)
+        """The factors of all tasks, or those of each sequence if there are fewer of them.
+
+        Always with those of an unseen task: a compiled step keeps its shapes.
+        """
+        mixing, task_rows = self.router(state.task_rows(rows), rows)
         if task_rows is not None and len(mixing) > rows:
             mixing, task_rows = mixing[task_rows], torch.arange(rows, device=mixing.device)
         down, up = self._mixed(mixing)
@@ -165,18 +168,22 @@ class MtlLoraLinear(AdaptedLinear):
         return down, torch.einsum("tn,nrh->trh", weights, self.b)
 
     def prepare(self, state: RoutingState, rows: int) -> TaskFactors:
-        """The pairs of all tasks, those of an unseen one behind them."""
+        """The pairs of all tasks, and always those of an unseen one, as in `SkillLinear`."""
+        return self._task_factors(state.task_rows(rows), may_be_unseen=True)
+
+    def _task_factors(self, task_ids: Tensor | None, *, may_be_unseen: bool) -> TaskFactors:
         down, up = self._pairs()
-        task_ids = state.task_rows(rows)
-        if task_ids is not None and state.may_be_unseen:
+        if task_ids is not None and may_be_unseen:
             down, up = (torch.cat([pairs, pairs.mean(0, keepdim=True)]) for pairs in (down, up))
             task_ids = torch.where(task_ids == UNSEEN_TASK, len(down) - 1, task_ids)
         return TaskFactors(down, self.scale * up, task_ids)
 
     def adapt(self, x: Tensor, base: Tensor, state: RoutingState) -> Tensor:
         """As in `AdaptedLinear`."""
-        prepared = state.prepared.get(self.name)
-        return (prepared or self.prepare(state, x.shape[0])).adapt(x, base)
+        if self.name in state.prepared:
+            return state.prepared[self.name].adapt(x, base)
+        task_ids, may_be_unseen = state.task_rows(x.shape[0]), state.may_be_unseen
+        return self._task_factors(task_ids, may_be_unseen=may_be_unseen).adapt(x, base)
 
     def factors(self, task: int) -> tuple[Tensor, Tensor]:
         """As in `AdaptedLinear`."""
