@@ -47,7 +47,7 @@ from pemt_fast.timing import ratio
 
 console = Console()
 # T5-base is slow on a CPU: rounds of a cell, and calls whose median is the memory.
-MODEL_ROUNDS, MEMORY_CALLS = 7, 3
+MODEL_ROUNDS, MEMORY_CALLS = 5, 3
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -109,7 +109,8 @@ def measure(
         row.added = ratio(seconds, name, PLAIN) - 1
         row.speedup = {b: ratio(seconds, b, name) for b in (PEFT, COMPILED) if b in seconds}
         if mode != GENERATE:
-            found = [peak_memory_mib(run, options.device) for _ in range(MEMORY_CALLS)]
+            calls = 1 if case.target else MEMORY_CALLS
+            found = [peak_memory_mib(run, options.device) for _ in range(calls)]
             known = [peak for peak in found if peak is not None]
             row.peak_memory_mib = statistics.median(known) if known else None
     if PEFT in rows and OURS in runs:

@@ -37,7 +37,7 @@ class PolyCase:
 
 
 LAYERS = (
-    PolyCase("one token", 8, 1, 4, compiles=True),
+    PolyCase("one token", 8, 1, 4),
     PolyCase("one token, MHR, beams", 32, 1, 8, P=4, R=16),
     PolyCase("one token, 64 skills", 8, 1, 64, M=100),
     PolyCase("one token, 103 skills, rank 2", 8, 1, 103, R=2, M=100),
@@ -45,7 +45,7 @@ LAYERS = (
     PolyCase("128 tokens", 8, 128, 4, compiles=True),
     PolyCase("128 tokens, MHR", 8, 128, 8, P=4, R=16),
     PolyCase("128 tokens, 64 skills", 8, 128, 64, M=100),
-    PolyCase("128 tokens, 103 skills, rank 2", 8, 128, 103, R=2, M=100, compiles=True),
+    PolyCase("128 tokens, 103 skills, rank 2", 8, 128, 103, R=2, M=100),
     PolyCase("128 tokens, d_model → d_ff", 8, 128, 8, R=16, H=3072),
     PolyCase("128 tokens, d_ff → d_model", 8, 128, 8, R=16, D=3072),
     PolyCase("512 tokens", 8, 512, 8, R=16),
@@ -57,6 +57,5 @@ def models(layers: int) -> tuple[PolyCase, ...]:
     sizes = {"target": 16, "layers": layers}
     return (
         PolyCase("T5-base, Poly", 8, 128, 4, **sizes),
-        PolyCase("T5-base, MHR", 8, 128, 8, P=4, R=16, **sizes),
         PolyCase("T5-base, 64 skills", 8, 128, 64, M=100, **sizes),
     )
