@@ -62,8 +62,9 @@ in all seeds and the others stayed near the majority class, which was seen on te
 {(work / "runs" / "summary.md").read_text()}
 ![allocation](multi_task_allocation.png)
 
-The weight of each skill for each task. C-Poly's first three skills are common, the others belong to
-one task each and keep weight 1; MHR's weights are means over its splits.
+The weight of each skill for each task, in the layer whose tasks differ most, of the first seed.
+C-Poly's first three skills are common, the others belong to one task each and keep weight 1; MHR's
+weights are means over its splits. The other layers and seeds are in the `results.json` of the runs.
 """
 
 

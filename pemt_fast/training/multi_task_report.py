@@ -79,30 +79,42 @@ def write_summary(summary: Mapping, path: Path) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text))
 
 
+def most_decided(allocation: Mapping[str, list]) -> tuple[str, torch.Tensor]:
+    """The layer whose tasks differ most in their weights, and its table `[T, K]`."""
+    tables = {name: torch.tensor(table) for name, table in allocation.items()}
+    name = max(tables, key=lambda name: float(tables[name].std(0, correction=0).mean()))
+    return name, tables[name]
+
+
 def save_allocation(
     runs: Mapping[str, Sequence[Mapping]], tasks: Sequence[str], path: Path
 ) -> None:
-    """Write a PNG: the weight of every skill for every task, mean over layers and seeds."""
+    """Write a PNG: the weight of every skill for every task.
+
+    Of one layer of the first seed, the most decided one: skills have no order, so that means over
+    layers or seeds are uniform whatever was learned.
+    """
     from matplotlib.figure import Figure
 
     tables = {
-        method: torch.tensor([list(run["allocation"].values()) for run in found]).mean((0, 1))
+        method: most_decided(found[0]["allocation"])
         for method, found in runs.items()
         if found[0]["allocation"]
     }
     if not tables:
         return
-    widths = [table.shape[1] for table in tables.values()]
+    widths = [table.shape[1] for _, table in tables.values()]
     figure = Figure(
-        figsize=(2 + 1.2 * len(tables) + 0.35 * sum(widths), 1.4 + 0.35 * len(tasks)),
+        figsize=(2 + 1.8 * len(tables) + 0.35 * sum(widths), 1.8 + 0.35 * len(tasks)),
         layout="constrained",
     )
-    axes = figure.subplots(1, len(tables), squeeze=False, width_ratios=[w + 2 for w in widths])[0]
-    for axis, (method, table) in zip(axes, tables.items(), strict=True):
+    axes = figure.subplots(1, len(tables), squeeze=False, width_ratios=[w + 4 for w in widths])[0]
+    for axis, (method, (layer, table)) in zip(axes, tables.items(), strict=True):
         image = axis.imshow(table.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set_title(method)
+        stack, _, rest = layer.partition(".block.")
+        axis.set_title(f"{method}\n{stack} {rest.split('.')[0]}, {layer.rpartition('.')[2]}")
         axis.set_xlabel("skill")
         axis.set_xticks(range(table.shape[1]))
         axis.set_yticks(range(len(tasks)), list(tasks) if axis is axes[0] else [""] * len(tasks))
-    figure.colorbar(image, ax=list(axes), label="weight, mean over layers and seeds")
+    figure.colorbar(image, ax=list(axes), label="weight")
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
