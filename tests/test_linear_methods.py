@@ -270,6 +270,18 @@ def test_files(method, kind, tmp_path):
     assert torch.equal(copy.deepcopy(again)(**inputs, task_ids=MIXED).logits, expected)
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["forward", "generate"])
+@every_method
+def test_the_named_implementation_runs_or_says_why_not(method, prepared):
+    model, inputs = adapted(method, impl="cuda"), tiny_inputs("t5")
+    tasks = {} if method in SHARED else {"task_ids": torch.tensor([0, 2, 1, 0])}
+    with pytest.raises(RuntimeError, match=r"^impl='cuda' cannot run: "):
+        if prepared:
+            model.generate(**{n: t for n, t in inputs.items() if n != "labels"}, **tasks)
+        else:
+            model(**inputs, **tasks)
+
+
 @every_method
 def test_half_precision(method):
     inputs = tiny_inputs("t5")

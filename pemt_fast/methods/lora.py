@@ -123,5 +123,5 @@ class MtlLoraConfig(LinearConfig):
         """As in `LinearConfig`."""
         return MtlLoraLinear(
             layer, routing, self.r, self.num_tasks, self.num_up, self.temperature,
-            diagonal=self.diagonal, scale=self.scale, dropout=self.dropout,
+            diagonal=self.diagonal, scale=self.scale, dropout=self.dropout, impl=self.impl,
         )  # fmt: skip

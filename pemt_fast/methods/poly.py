@@ -55,8 +55,9 @@ class PolyConfig(LinearConfig):
         skills, splits = self.num_skills, self.num_splits
         router = SkillRouter(self.num_tasks, skills, splits, noise=self.noise)
         return SkillLinear(
-            layer, routing, self.r, router, skills, splits, scale=self.scale, dropout=self.dropout
-        )
+            layer, routing, self.r, router, skills, splits,
+            scale=self.scale, dropout=self.dropout, impl=self.impl,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class CPolyConfig(LinearConfig):
         if self.combine == "average":
             return SkillLinear(
                 layer, routing, self.r, router, self.num_skills,
-                scale=self.scale, dropout=self.dropout,
+                scale=self.scale, dropout=self.dropout, impl=self.impl,
             )  # fmt: skip
         return MixtureLinear(
             layer, routing, (self.r,) * self.num_skills, router,

@@ -31,10 +31,10 @@ class TaskFactors(NamedTuple):
         """In another dtype."""
         return self._replace(down=self.down.to(dtype), up=self.up.to(dtype))
 
-    def adapt(self, x: Tensor, base: Tensor) -> Tensor:
+    def adapt(self, x: Tensor, base: Tensor, impl: str) -> Tensor:
         """`base` plus what the pairs make of `x [B, S, D]`; beams have rows of their own."""
         task_ids = per_row(self.task_ids, x.shape[0])
-        return skill_mixture(x, None, self.down, self.up, task_ids=task_ids, base=base)
+        return skill_mixture(x, None, self.down, self.up, task_ids=task_ids, base=base, impl=impl)
 
 
 class SkillLinear(AdaptedLinear):
@@ -46,6 +46,7 @@ class SkillLinear(AdaptedLinear):
         router: The weights w per task.
         num_skills: K.
         num_splits: P, a divisor of both widths of the layer.
+        impl: Implementation of the operator.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class SkillLinear(AdaptedLinear):
         *,
         scale: float,
         dropout: float = 0.0,
+        impl: str = "auto",
     ) -> None:
         super().__init__(base, routing, scale=scale, dropout=dropout)
+        self.impl = impl
         out_features, in_features = base.weight.shape
         for name, width in (("input", in_features), ("output", out_features)):
             if width % num_splits:
@@ -91,12 +94,13 @@ class SkillLinear(AdaptedLinear):
     def adapt(self, x: Tensor, base: Tensor, state: RoutingState) -> Tensor:
         """As in `AdaptedLinear`."""
         if self.name in state.prepared:
-            return state.prepared[self.name].adapt(x, base)
+            return state.prepared[self.name].adapt(x, base, self.impl)
         rows = x.shape[0]
         mixing, task_rows = self.router(state.task_rows(rows), rows, state.may_be_unseen)
         return skill_mixture(
-            x, mixing, self.a, self.b, task_ids=task_rows, base=base, scale=self.scale
-        )
+            x, mixing, self.a, self.b, task_ids=task_rows, base=base, scale=self.scale,
+            impl=self.impl,
+        )  # fmt: skip
 
     def _mixed(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """`[M, R, D]` and `[M, R, H]` of `weights [M, K]` or `[M, P, K]`; splits side by side."""
@@ -132,6 +136,7 @@ class MtlLoraLinear(AdaptedLinear):
         num_up: n, the number of up-projections.
         temperature: τ.
         diagonal: `Λ_t` holds the diagonal only.
+        impl: Implementation of the operator.
     """
 
     def __init__(
@@ -146,8 +151,10 @@ class MtlLoraLinear(AdaptedLinear):
         diagonal: bool = False,
         scale: float,
         dropout: float = 0.0,
+        impl: str = "auto",
     ) -> None:
         super().__init__(base, routing, scale=scale, dropout=dropout)
+        self.impl = impl
         out_features, in_features = base.weight.shape
         self.temperature = temperature
         self.a = nn.Parameter(torch.empty(rank, in_features))
@@ -181,9 +188,10 @@ class MtlLoraLinear(AdaptedLinear):
     def adapt(self, x: Tensor, base: Tensor, state: RoutingState) -> Tensor:
         """As in `AdaptedLinear`."""
         if self.name in state.prepared:
-            return state.prepared[self.name].adapt(x, base)
+            return state.prepared[self.name].adapt(x, base, self.impl)
         task_ids, may_be_unseen = state.task_rows(x.shape[0]), state.may_be_unseen
-        return self._task_factors(task_ids, may_be_unseen=may_be_unseen).adapt(x, base)
+        factors = self._task_factors(task_ids, may_be_unseen=may_be_unseen)
+        return factors.adapt(x, base, self.impl)
 
     def factors(self, task: int) -> tuple[Tensor, Tensor]:
         """As in `AdaptedLinear`."""
