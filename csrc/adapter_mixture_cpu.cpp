@@ -14,12 +14,6 @@ namespace {
 
 using at::Tensor;
 
-at::DimVector with_last(at::IntArrayRef sizes, int64_t last) {
-  at::DimVector result(sizes.begin(), sizes.end());
-  result.back() = last;
-  return result;
-}
-
 int64_t rows_of(at::IntArrayRef sizes) {
   return c10::multiply_integers(sizes.begin(), sizes.end() - 1);
 }

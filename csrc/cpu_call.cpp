@@ -118,6 +118,12 @@ cpu::Activation cpu_activation(std::string_view name) {
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
+at::DimVector with_last(at::IntArrayRef sizes, int64_t last) {
+  at::DimVector result(sizes.begin(), sizes.end());
+  result.back() = last;
+  return result;
+}
+
 Tensor as_rows(const Tensor& tensor, int64_t rows, int64_t width) {
   if (tensor.dim() == 2 && tensor.size(0) == rows && (tensor.stride(1) == 1 || width <= 1)) {
     return tensor;

@@ -18,6 +18,9 @@ cpu::Activation cpu_activation(std::string_view name);
 // Of a call from here: one within a parallel region.
 int threads();
 
+// The sizes of a tensor with another width.
+at::DimVector with_last(at::IntArrayRef sizes, int64_t last);
+
 // [rows, width] whose rows are dense; a view wherever the strides allow.
 at::Tensor as_rows(const at::Tensor& tensor, int64_t rows, int64_t width);
 

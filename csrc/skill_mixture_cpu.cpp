@@ -16,12 +16,6 @@ namespace {
 
 using at::Tensor;
 
-at::DimVector with_last(at::IntArrayRef sizes, int64_t last) {
-  at::DimVector result(sizes.begin(), sizes.end());
-  result.back() = last;
-  return result;
-}
-
 std::tuple<Tensor, Tensor> skill_mixture_forward(const Tensor& x, const OptionalTensor& mixing,
                                                  const Tensor& a_, const Tensor& b_,
                                                  const OptionalTensor& task_ids,

@@ -64,15 +64,7 @@ def _forward(
 
 
 def _forward_fake(
-    x: Tensor,
-    mixing: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    task_ids: Tensor | None,
-    base: Tensor | None,
-    scale: float,
-    impl: str,
-    save: bool = False,
+    x: Tensor, _mixing: Tensor | None, a: Tensor, b: Tensor, *_: Any, save: bool
 ) -> tuple[Tensor, Tensor]:
     splits = b.shape[0] if b.dim() == 4 else 1
     hidden = x.new_empty(*x.shape[:-1], a.shape[-2]) if save else x.new_empty(0)
@@ -118,16 +110,7 @@ def _backward(
 
 
 def _backward_fake(
-    grad_out: Tensor,
-    x: Tensor | None,
-    mixing: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    task_ids: Tensor | None,
-    hidden: Tensor | None,
-    scale: float,
-    impl: str,
-    needs: Sequence[bool],
+    grad_out: Tensor, _x: Tensor | None, mixing: Tensor | None, a: Tensor, b: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     splits = a.shape[0] if a.dim() == 4 else 1
     like = (
@@ -139,7 +122,7 @@ def _backward_fake(
     )
     return tuple(
         grad if wanted and grad is not None else grad_out.new_empty(0)
-        for grad, wanted in zip(like, needs, strict=True)
+        for grad, wanted in zip(like, others[-1], strict=True)
     )
 
 
@@ -208,7 +191,11 @@ def forward_only(*args: Any) -> Tensor:
 
 
 def _forward_only_fake(*args: Any) -> Tensor:
-    return _forward_fake(*args)[0]
+    return _forward_fake(*args, save=False)[0]
+
+
+def _forward_saved_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    return _forward_fake(*args[:8], save=args[8])
 
 
 _LIBRARY.impl("skill_mixture", forward_only, "CompositeExplicitAutograd")
@@ -216,5 +203,5 @@ _LIBRARY.impl("skill_mixture", _autograd, "Autograd")
 _LIBRARY.impl("skill_mixture_forward", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("skill_mixture_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("pemt_fast::skill_mixture", _forward_only_fake, lib=_LIBRARY)
-torch.library.register_fake("pemt_fast::skill_mixture_forward", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("pemt_fast::skill_mixture_forward", _forward_saved_fake, lib=_LIBRARY)
 torch.library.register_fake("pemt_fast::skill_mixture_backward", _backward_fake, lib=_LIBRARY)
