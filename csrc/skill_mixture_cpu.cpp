@@ -2,7 +2,8 @@
 //
 // `skill_mixture` on CPU tensors: the factors of each task are mixed once (cpu/skill_mixture.h),
 // then each sequence is a walk through its own two factors (cpu/adapter_mixture.h). What is
-// computed and who calls it: pemt_fast/ops/skill_mixture.py, whose letters these are.
+// computed and who calls it: pemt_fast/ops/skill_mixture.py, whose letters these are. With `weight`
+// the walks add to the product of the linear in place: it is nobody else's.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -16,14 +17,26 @@ namespace {
 
 using at::Tensor;
 
+// The product of the linear as [.., width], not a view: autograd refuses to change those in place.
+Tensor linear(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias,
+              at::IntArrayRef sizes) {
+  const auto type = rows.scalar_type();
+  const OptionalTensor used_bias = bias ? OptionalTensor(bias->to(type)) : std::nullopt;
+  const Tensor out = at::linear(rows, weight.to(type), used_bias).contiguous();
+  return at::_unsafe_view(out, with_last(sizes, weight.size(0)));
+}
+
 std::tuple<Tensor, Tensor> skill_mixture_forward(const Tensor& x, const OptionalTensor& mixing,
                                                  const Tensor& a_, const Tensor& b_,
                                                  const OptionalTensor& task_ids,
                                                  const OptionalTensor& base_, double scale,
-                                                 bool save) {
+                                                 bool save, const OptionalTensor& weight,
+                                                 const OptionalTensor& bias) {
   const SkillCall call(x, mixing, a_, b_, task_ids, scale);
   const int64_t all = call.all_tokens();
-  Tensor out = at::empty(with_last(x.sizes(), call.h), x.options());
+  const Tensor x_rows = as_rows(x, all, call.d);
+  Tensor out = weight ? linear(x_rows, *weight, bias, x.sizes())
+                      : at::empty(with_last(x.sizes(), call.h), x.options());
   Tensor hidden = at::empty(save ? with_last(x.sizes(), call.rank) : at::DimVector{0}, x.options());
   if (all == 0) return {out, hidden};
   Factors down(call, call.d), up(call, call.h);
@@ -31,10 +44,12 @@ std::tuple<Tensor, Tensor> skill_mixture_forward(const Tensor& x, const Optional
   down.pack(true);
   up.pack(false);
 
-  const Tensor x_rows = as_rows(x, all, call.d), out_rows = out.view({all, call.h});
+  const Tensor out_rows = out.view({all, call.h});
   const Tensor hidden_rows = save ? hidden.view({all, call.rank}) : hidden;
   Tensor base;
-  if (base_) {
+  if (weight) {
+    base = out_rows;
+  } else if (base_) {
     const bool direct = base_->scalar_type() == call.type || base_->scalar_type() == at::kFloat;
     base = as_rows(direct ? *base_ : base_->to(at::kFloat), all, call.h);
   }
@@ -75,10 +90,10 @@ struct FactorGradients {
   Tensor down, up;
 };
 
-// The sequences backwards: d_x, and the gradients of the mixed factors.
+// The sequences backwards: d_x, or with `adds` more of it, and the gradients of the mixed factors.
 FactorGradients walk_back(const SkillCall& call, const Tensor& grad_rows, const OptionalTensor& x,
                           const OptionalTensor& hidden, const Factors& up, const Factors& down,
-                          const std::array<bool, 4>& needs, Tensor& d_x) {
+                          const std::array<bool, 4>& needs, bool adds, Tensor& d_x) {
   const int64_t all = call.all_tokens();
   const auto of_sequences = [&](int64_t width) {
     return at::empty({call.sequences, call.rank, width}, grad_rows.options());
@@ -111,6 +126,11 @@ FactorGradients walk_back(const SkillCall& call, const Tensor& grad_rows, const 
         w.second = down.operand(call.row(s));
         w.out = walks.at_row(d_x_rows, s);
         w.width_out = call.d;
+        if (adds) {
+          w.base = w.out;
+          w.base_row = call.d;
+          w.base_dtype = cpu_dtype(call.type);
+        }
       }
       cpu::run(k, w, threads);
     }
@@ -180,13 +200,14 @@ SkillGradients summed(const SkillCall& call, const FactorGradients& found, doubl
 std::tuple<Tensor, Tensor, Tensor, Tensor> skill_mixture_backward(
     const Tensor& grad_out, const OptionalTensor& x, const OptionalTensor& mixing, const Tensor& a_,
     const Tensor& b_, const OptionalTensor& task_ids, const OptionalTensor& hidden, double scale,
-    std::array<bool, 4> needs) {
+    std::array<bool, 4> needs, const OptionalTensor& weight) {
   const SkillCall call(grad_out, mixing, a_, b_, task_ids, scale);
   const int64_t all = call.all_tokens();
   // A new one each time: results of an operator must not share memory.
   const auto none = [&] { return at::empty({0}, grad_out.options()); };
-  Tensor d_x =
-      needs[kX] ? at::empty(with_last(grad_out.sizes(), call.d), grad_out.options()) : none();
+  Tensor d_x = !needs[kX] ? none()
+               : weight ? linear(as_rows(grad_out, all, call.h), weight->t(), {}, grad_out.sizes())
+                        : at::empty(with_last(grad_out.sizes(), call.d), grad_out.options());
   SkillGradients found;
   if (all > 0) {
     const Tensor a = readable_skills(a_), b = readable_skills(b_);
@@ -195,8 +216,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> skill_mixture_backward(
     fill(call, a, b, scale, needs[kX] ? &down : nullptr, goes_back ? &up : nullptr);
     if (needs[kX]) down.pack(false);
     if (goes_back) up.pack(true);
-    const FactorGradients factors =
-        walk_back(call, as_rows(grad_out, all, call.h), x, hidden, up, down, needs, d_x);
+    const FactorGradients factors = walk_back(call, as_rows(grad_out, all, call.h), x, hidden, up,
+                                              down, needs, weight.has_value(), d_x);
     found = call.weights.defined() ? unmixed(call, factors, a, b, scale, needs)
                                    : summed(call, factors, scale, needs);
   }
@@ -214,10 +235,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> skill_mixture_backward(
 TORCH_LIBRARY_FRAGMENT(pemt_fast, m) {
   m.def(
       "skill_mixture_forward_cpu(Tensor x, Tensor? mixing, Tensor a, Tensor b, Tensor? task_ids, "
-      "Tensor? base, float scale, bool save) -> (Tensor, Tensor)");
+      "Tensor? base, float scale, bool save, Tensor? weight, Tensor? bias) -> (Tensor, Tensor)");
   m.def(
       "skill_mixture_backward_cpu(Tensor grad_out, Tensor? x, Tensor? mixing, Tensor a, Tensor b, "
-      "Tensor? task_ids, Tensor? hidden, float scale, bool[4] needs) "
+      "Tensor? task_ids, Tensor? hidden, float scale, bool[4] needs, Tensor? weight) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 

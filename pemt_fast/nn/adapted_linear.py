@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from pemt_fast.nn.mixture import AdapterMixture
 from pemt_fast.nn.routers import Router
 from pemt_fast.nn.routing import Routing, RoutingState, per_row
-from pemt_fast.nn.wrapped_linear import WrappedLinear, at_least_float, check_merges_into
+from pemt_fast.nn.wrapped_linear import (
+    WrappedLinear,
+    at_least_float,
+    check_merges_into,
+    is_plain,
+)
+
+# What an operator adds to, as its arguments: `base`, or `weight` and `bias` of the linear itself.
+Beside = dict[str, Any]
 
 
 class AdaptedLinear(WrappedLinear):
@@ -31,6 +39,8 @@ class AdaptedLinear(WrappedLinear):
         dropout: On the adapters' input, in training.
     """
 
+    takes_linear = False  # whether the operator behind `adapt` computes a plain base itself
+
     def __init__(self, base: Any, routing: Routing, *, scale: float, dropout: float = 0.0) -> None:
         super().__init__(base, routing)
         self.scale = scale
@@ -39,14 +49,16 @@ class AdaptedLinear(WrappedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, D]` to `[B, S, H]`."""
-        out = self.base(x)
         if not self.routing.enabled or self._is_merged_now():
-            return out
-        state = self.routing.current()
-        return self.adapt(F.dropout(x, self.dropout, self.training), out, state)
+            return self.base(x)
+        state, drops = self.routing.current(), self.training and self.dropout > 0
+        if self.takes_linear and not drops and is_plain(self.base):
+            return self.adapt(x, {"weight": self.weight, "bias": self.bias}, state)
+        beside = {"base": self.base(x)}
+        return self.adapt(F.dropout(x, self.dropout) if drops else x, beside, state)
 
-    def adapt(self, x: Tensor, base: Tensor, state: RoutingState) -> Tensor:
-        """`base` plus what the adapters make of x."""
+    def adapt(self, x: Tensor, beside: Beside, state: RoutingState) -> Tensor:
+        """What is beside the adapters plus what they make of x."""
         raise NotImplementedError
 
     def prepare(self, state: RoutingState, rows: int) -> Any:
@@ -115,9 +127,9 @@ class MixtureLinear(AdaptedLinear):
             weights = weights[0]
         return self.scale * weights
 
-    def adapt(self, x: Tensor, base: Tensor, state: RoutingState) -> Tensor:
+    def adapt(self, x: Tensor, beside: Beside, state: RoutingState) -> Tensor:
         """As in `AdaptedLinear`."""
-        return self.mixture(x, self._gate(x, state), base)
+        return self.mixture(x, self._gate(x, state), **beside)
 
     def _gate(self, x: Tensor, state: RoutingState) -> Tensor:
         if self.name not in state.prepared:
@@ -151,9 +163,9 @@ class MultiLoraLinear(MixtureLinear):
         scaling = torch.cat([s.expand(r, -1) for s, r in zip(self.scaling, ranks, strict=True)])
         return w_up * scaling.to(w_up.dtype)
 
-    def adapt(self, x: Tensor, base: Tensor, state: RoutingState) -> Tensor:
+    def adapt(self, x: Tensor, beside: Beside, state: RoutingState) -> Tensor:
         """As in `AdaptedLinear`."""
-        return self.mixture(x, self._gate(x, state), base, w_up=self._up())
+        return self.mixture(x, self._gate(x, state), **beside, w_up=self._up())
 
     def factors(self, task: int) -> tuple[Tensor, Tensor]:
         """As in `AdaptedLinear`; the same for all tasks."""

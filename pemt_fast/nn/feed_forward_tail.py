@@ -24,7 +24,7 @@ from pemt_fast.nn.mixture import AdapterMixture
 from pemt_fast.nn.routing import Routing, RoutingState
 from pemt_fast.nn.stacking import stack_weights, unstack_weights
 from pemt_fast.nn.targets import TargetGates
-from pemt_fast.nn.wrapped_linear import WrappedLinear, at_least_float, check_merges_into
+from pemt_fast.nn.wrapped_linear import WrappedLinear, at_least_float, check_merges_into, is_plain
 from pemt_fast.ops.dispatch import means_torch
 from pemt_fast.ops.sparsity_loss import task_sparsity_loss
 
@@ -182,8 +182,7 @@ class MixtureTail(_Tail):
         base, mixture = self.base, self.mixture
         if self._is_merged_now():
             return base(hidden_states), None
-        # A layer with a forward of its own, or hooks, has to be called.
-        if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
+        if is_plain(base):
             return mixture.beside(base, hidden_states, gate, with_hidden=with_hidden)
         out = base(hidden_states)
         if with_hidden:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pemt_fast.nn.adapted_linear import AdaptedLinear
+from pemt_fast.nn.adapted_linear import AdaptedLinear, Beside
 from pemt_fast.nn.routers import Router, wide
 from pemt_fast.nn.routing import UNSEEN_TASK, Routing, RoutingState, per_row
 from pemt_fast.nn.wrapped_linear import at_least_float
@@ -31,10 +31,10 @@ class TaskFactors(NamedTuple):
         """In another dtype."""
         return self._replace(down=self.down.to(dtype), up=self.up.to(dtype))
 
-    def adapt(self, x: Tensor, base: Tensor, impl: str) -> Tensor:
-        """`base` plus what the pairs make of `x [B, S, D]`; beams have rows of their own."""
+    def adapt(self, x: Tensor, beside: Beside, impl: str) -> Tensor:
+        """`beside` plus what the pairs make of `x [B, S, D]`; beams have rows of their own."""
         task_ids = per_row(self.task_ids, x.shape[0])
-        return skill_mixture(x, None, self.down, self.up, task_ids=task_ids, base=base, impl=impl)
+        return skill_mixture(x, None, self.down, self.up, task_ids=task_ids, **beside, impl=impl)
 
 
 class SkillLinear(AdaptedLinear):
@@ -48,6 +48,8 @@ class SkillLinear(AdaptedLinear):
         num_splits: P, a divisor of both widths of the layer.
         impl: Implementation of the operator.
     """
+
+    takes_linear = True
 
     def __init__(
         self,
@@ -91,15 +93,15 @@ class SkillLinear(AdaptedLinear):
         weight = self.weight if self.weight.is_floating_point() else self.a
         return TaskFactors(down, self.scale * up, task_rows).to(weight.dtype)
 
-    def adapt(self, x: Tensor, base: Tensor, state: RoutingState) -> Tensor:
+    def adapt(self, x: Tensor, beside: Beside, state: RoutingState) -> Tensor:
         """As in `AdaptedLinear`."""
         if self.name in state.prepared:
-            return state.prepared[self.name].adapt(x, base, self.impl)
+            return state.prepared[self.name].adapt(x, beside, self.impl)
         rows = x.shape[0]
         mixing, task_rows = self.router(state.task_rows(rows), rows, state.may_be_unseen)
         return skill_mixture(
-            x, mixing, self.a, self.b, task_ids=task_rows, base=base, scale=self.scale,
-            impl=self.impl,
+            x, mixing, self.a, self.b, task_ids=task_rows, scale=self.scale, impl=self.impl,
+            **beside,
         )  # fmt: skip
 
     def _mixed(self, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +140,8 @@ class MtlLoraLinear(AdaptedLinear):
         diagonal: `Λ_t` holds the diagonal only.
         impl: Implementation of the operator.
     """
+
+    takes_linear = True
 
     def __init__(
         self,
@@ -185,13 +189,13 @@ class MtlLoraLinear(AdaptedLinear):
             task_ids = torch.where(task_ids == UNSEEN_TASK, len(down) - 1, task_ids)
         return TaskFactors(down, self.scale * up, task_ids)
 
-    def adapt(self, x: Tensor, base: Tensor, state: RoutingState) -> Tensor:
+    def adapt(self, x: Tensor, beside: Beside, state: RoutingState) -> Tensor:
         """As in `AdaptedLinear`."""
         if self.name in state.prepared:
-            return state.prepared[self.name].adapt(x, base, self.impl)
+            return state.prepared[self.name].adapt(x, beside, self.impl)
         task_ids, may_be_unseen = state.task_rows(x.shape[0]), state.may_be_unseen
         factors = self._task_factors(task_ids, may_be_unseen=may_be_unseen)
-        return factors.adapt(x, base, self.impl)
+        return factors.adapt(x, beside, self.impl)
 
     def factors(self, task: int) -> tuple[Tensor, Tensor]:
         """As in `AdaptedLinear`."""

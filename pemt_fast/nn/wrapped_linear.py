@@ -78,6 +78,15 @@ class WrappedLinear(nn.Module):
         return self.merged
 
 
+def is_plain(base: nn.Module) -> bool:
+    """Whether an operator may read the weight itself: no forward of its own, no hooks."""
+    hooks = (
+        base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks
+    )  # fmt: skip
+    plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
+    return plain and not any(hooks)
+
+
 def check_merges_into(base: nn.Module) -> None:
     """Raise unless `base` is a plain linear layer with a floating-point weight."""
     weight = base.weight

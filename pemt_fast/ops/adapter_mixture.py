@@ -162,7 +162,7 @@ def check_and_call(
     """
     rank_list = check_adapter_mixture(x, gate, w_down, w_up, b_down, b_up, base, activation, ranks)
     if weight is not None:
-        check_linear(x, w_up, weight, bias)
+        check_linear(x, w_up.shape[-1], weight, bias)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)

@@ -25,7 +25,8 @@ from torch import Tensor
 from pemt_fast.ops import fakes
 from pemt_fast.ops.autocast import without_autocast
 from pemt_fast.ops.dispatch import backend
-from pemt_fast.ops.gated_units import gate_dtype, pack
+from pemt_fast.ops.gated_units import pack
+from pemt_fast.ops.linear_terms import cast, linear_gradients
 from pemt_fast.ops.stacked import keeps_pre_activation
 from pemt_fast.ops.watchers import nobody_watches
 
@@ -147,25 +148,6 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return fakes.backward(args[0], args[1], args[3:8], args[12])
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Below autograd no operator may return its input, as `to` does."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _linear_gradients(
-    grad_out: Tensor, x: Tensor | None, dtypes: Sequence[torch.dtype | None]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `weight` and `bias`; a dtype of None for what is not asked for."""
-    d_out = grad_out.reshape(-1, grad_out.shape[-1])
-    d_weight = d_bias = None
-    with without_autocast(d_out.device.type):
-        if dtypes[0] is not None and x is not None:
-            d_weight = _cast(torch.mm(d_out.t(), x.reshape(-1, x.shape[-1])), dtypes[0])
-        if dtypes[1] is not None:
-            d_bias = _cast(d_out.sum(0, dtype=gate_dtype(d_out.dtype)), dtypes[1])
-    return d_weight, d_bias
-
-
 class AdapterMixtureFunction(torch.autograd.Function):
     """Saves what the module docstring lists and asks backward only for needed gradients."""
 
@@ -199,7 +181,7 @@ class AdapterMixtureFunction(torch.autograd.Function):
         save = needs_hidden and not recompute and not shared
         with torch._C._AutoDispatchBelowAutograd():
             if weight is not None:
-                weight = _cast(weight, x.dtype)  # once for both directions
+                weight = cast(weight, x.dtype)  # once for both directions
             run = _OPS.adapter_mixture_forward.default if watched else _forward
             out, hidden, saved = run(
                 x, gate, w_down, w_up, b_down, b_up, base,
@@ -234,7 +216,7 @@ class AdapterMixtureFunction(torch.autograd.Function):
         if ctx.base_dtype is not None and ctx.needs_input_grad[6] and grad_out is not None:
             d_base = grad_out.to(ctx.base_dtype)
         if any(ctx.trained) and grad_out is not None:
-            d_weight, d_bias = _linear_gradients(grad_out, x, ctx.trained)
+            d_weight, d_bias = linear_gradients(grad_out, x, ctx.trained)
         others = (d_base, *(None,) * 5, d_weight, d_bias, None)
         if not any(ctx.needs):
             return (*(None,) * 6, *others)

@@ -42,6 +42,8 @@ def skill_mixture(
     task_ids: Tensor | None = None,
     base: Tensor | None = None,
     scale: float = 1.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """`out = base + scale·(x·A_tᵀ)·B_t` with `A_t = Σ_k mixing[t, k]·a[k]`, `B_t` likewise.
@@ -73,6 +75,11 @@ def skill_mixture(
             elsewhere, and inside a compiled graph, an unknown id is an error of the device.
         base: `[B, ..., H]`, added to the product; None for none.
         scale: Factor of the product, a number: 1 / R in Poly.
+        weight: `[H, D]` of a linear, whose output takes the place of `base`: the same as
+            `base=linear(x, weight, bias)` with two passes over memory less, one over the output and
+            one over d_x. Cast to `x.dtype`; frozen it costs nothing for its gradients, which need x
+            otherwise.
+        bias: `[H]` of the linear; None for none.
         impl: `auto`, `reference`, `torch` or `cpu`; `auto` is `cpu` where `adapter_mixture` takes
             its C++ kernels too, else `torch`: there are no kernels for GPUs.
 
@@ -93,7 +100,7 @@ def skill_mixture(
         >>> skill_mixture(x, mixing, a, b, task_ids=task_ids).shape
         torch.Size([2, 5, 8])
     """
-    check_skill_mixture(x, mixing, a, b, task_ids, base)
+    check_skill_mixture(x, mixing, a, b, task_ids, base, weight, bias)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype not in (dtype, torch.float64):
         x = x.to(dtype)
@@ -101,14 +108,14 @@ def skill_mixture(
     impl = _resolve(impl, x)
     if impl == "reference":
         with without_autocast(x.device.type):
-            return skill_mixture_reference(x, mixing, a, b, task_ids, base, scale)
+            return skill_mixture_reference(x, mixing, a, b, task_ids, base, scale, weight, bias)
     tensors = (x, mixing, a, b, task_ids, base)
-    if not nobody_watches(*tensors):
-        return OPS.skill_mixture.default(*tensors, scale, impl)
-    if is_differentiated(tensors):
-        return SkillMixtureFunction.apply(*tensors, scale, impl, False)
+    if not nobody_watches(*tensors, weight, bias):
+        return OPS.skill_mixture.default(*tensors, scale, impl, weight, bias)
+    if is_differentiated((*tensors, weight, bias)):
+        return SkillMixtureFunction.apply(*tensors, scale, impl, weight, bias, False)
     with torch._C._AutoDispatchBelowAutograd():
-        return forward_only(*tensors, scale, impl)
+        return forward_only(*tensors, scale, impl, weight, bias)
 
 
 def _resolve(impl: str, x: Tensor) -> str:

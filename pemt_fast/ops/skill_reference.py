@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pemt_fast.ops.reference import linear_reference
+
 
 def skill_mixture_reference(
     x: Tensor,
@@ -20,12 +22,17 @@ def skill_mixture_reference(
     task_ids: Tensor | None,
     base: Tensor | None,
     scale: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`out = base + scale·(x·A_tᵀ)·B_t` with the factors `A_t`, `B_t` of each sequence's task.
 
-    Computed in float64 for float64 inputs, else in float32, rounded once to `x.dtype`.
+    With `weight` the base is `x·weightᵀ + bias`. Computed in float64 for float64 inputs, else in
+    float32, rounded once to `x.dtype`.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if weight is not None:
+        base = linear_reference(x, weight, bias)
     sequences, lead = x.shape[0], x.shape[:-1]
     if mixing is None:  # the factors of the tasks themselves
         mixing = torch.eye(a.shape[0], dtype=dtype, device=a.device)

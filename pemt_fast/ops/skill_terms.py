@@ -169,6 +169,8 @@ def forward(
     task_ids: Tensor | None,
     base: Tensor | None,
     scale: float,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, S, H]` and `hidden = x·A_tᵀ` `[B, S, R]`, or both with one sequence of B·S.
 
@@ -180,6 +182,7 @@ def forward(
         task_ids: `[B]`, or None for M = B or M = 1.
         base: `[B, S, H]` or None; added inside the second matmul.
         scale: Factor of everything but the base.
+        in_place: The base, in the dtype of x, may become the output.
     """
     tasks = a.shape[1] if mixing is None else mixing.shape[0]
     if tasks == 1:
@@ -190,6 +193,8 @@ def forward(
     factor_b = mixer.factors(mixer.for_b, b)
     if base is None:
         return torch.bmm(hidden, factor_b), hidden
+    if in_place:
+        return base.baddbmm_(hidden, factor_b), hidden
     return torch.baddbmm(base.to(x.dtype), hidden, factor_b), hidden
 
 
@@ -203,11 +208,13 @@ def backward(
     hidden: Tensor | None,
     scale: float,
     needs: tuple[bool, ...],
+    d_linear: Tensor | None = None,
 ) -> Gradients:
     """Only the gradients that `needs` names, in the order of `Gradients`.
 
     `x` is needed for the gradients of `mixing` and `a`, `hidden` for those of `mixing` and `b`.
-    Factors are mixed again: they may be larger than what the tokens keep.
+    Factors are mixed again: they may be larger than what the tokens keep. `d_linear`, like x, is
+    what else belongs to d_x; it is overwritten.
     """
     needs_x, needs_mixing, needs_a, needs_b = needs
     splits = a.shape[0]
@@ -216,6 +223,7 @@ def backward(
         grad_out, task_ids = _as_one_sequence(grad_out), None
         x = None if x is None else _as_one_sequence(x)
         hidden = None if hidden is None else _as_one_sequence(hidden)
+        d_linear = None if d_linear is None else _as_one_sequence(d_linear)
     mixer = _Mixer(mixing, tasks, task_ids, scale, grad_out.shape[0], grad_out)
     if needs_mixing:  # once for all uses
         a, b = a.to(mixer.wide), b.to(mixer.wide)
@@ -224,7 +232,12 @@ def backward(
     if needs_x or needs_mixing or needs_a:
         d_hidden = torch.bmm(grad_out, mixer.factors(mixer.for_b, b).transpose(1, 2))
         if needs_x:
-            d_x = torch.bmm(d_hidden, mixer.factors(mixer.for_a, a))
+            factor_a = mixer.factors(mixer.for_a, a)
+            d_x = (
+                torch.bmm(d_hidden, factor_a)
+                if d_linear is None
+                else d_linear.baddbmm_(d_hidden, factor_a)
+            )
         if x is not None and (needs_mixing or needs_a):
             d_factor_a = mixer.sums(torch.bmm(d_hidden.transpose(1, 2), x), splits)
             if needs_a:

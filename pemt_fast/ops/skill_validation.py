@@ -14,6 +14,7 @@ from pemt_fast.ops.validation import (
     _check_device_and_dtype,
     _require_shape,
     _require_tensor,
+    check_linear,
 )
 from pemt_fast.ops.watchers import nobody_watches
 
@@ -27,6 +28,8 @@ def check_skill_mixture(
     b: Tensor,
     task_ids: Tensor | None,
     base: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> None:
     """Raise on the first broken rule."""
     for name, value in (("x", x), ("a", a), ("b", b)):
@@ -53,6 +56,12 @@ def check_skill_mixture(
     if base is not None:
         _require_tensor("base", base)
         _require_shape("base", base, "[B, ..., H]", (*x.shape[:-1], h))
+        if weight is not None:
+            raise ValueError("base must be None when weight is given: the linear takes its place")
+    if weight is not None:
+        check_linear(x, h, weight, bias)
+    elif bias is not None:
+        raise ValueError("bias must be None when weight is: it belongs to the linear")
     _check_device_and_dtype({"x": x, "mixing": mixing, "a": a, "b": b, "base": base}, x.device)
     if task_ids is None:
         _check_rows(table, tasks, x.shape[0])

@@ -146,9 +146,9 @@ def check_adapter_mixture(
     return rank_tuple
 
 
-def check_linear(x: Tensor, w_up: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """The rules for the linear of `linear_mixture`; the others are checked by then."""
-    d, h = x.shape[-1], w_up.shape[-1]
+def check_linear(x: Tensor, h: int, weight: Tensor, bias: Tensor | None) -> None:
+    """The rules for a linear inside an operator; those of x and of H are checked by then."""
+    d = x.shape[-1]
     _require_tensor("weight", weight)
     _require_shape("weight", weight, "[H, D]", (h, d))
     if bias is not None:
