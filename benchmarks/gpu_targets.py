@@ -11,8 +11,9 @@ import math
 
 from cases import FORWARD, MODES
 from gpu_grid import GRAPH_TOKENS
-from grid_targets import Target
+from grid_targets import speedup
 from records import GRAPH, Row
+from targets import Target
 
 LARGE_TOKENS = 16384
 
@@ -44,7 +45,7 @@ TARGETS = (
     Target("N ≤ 128", "× compiled, mean", 1.5, _compiled_and_narrow, _to_compiled),
     Target("N ≤ 128", "× compiled, every cell", 1.5, _compiled_and_narrow, _to_compiled,
            every_cell=True),
-    *(Target(mode, "× faster, every cell", 1.0, lambda row, mode=mode: row.mode == mode,
+    *(Target(mode, "× faster, every cell", 1.0, lambda row, mode=mode: row.mode == mode, speedup,
              every_cell=True) for mode in MODES),
     *(Target(f"{mode}, T ≥ {LARGE_TOKENS}", "floor / time, mean", 0.7,
              lambda row, mode=mode: _large(row, mode), share_of_floor)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run of the grid says: the targets, means over bands of tokens, and every cell.
 
-Texts for the terminal and for `report.py`; what a target is: `grid_targets.py`.
+Texts for the terminal and for `report.py`; what a target is: `targets.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
@@ -17,10 +18,11 @@ import grid
 import grid_targets
 from cases import MODES, Case
 from gpu_targets import share_of_floor
-from grid_targets import Target, loses, ours, speedup
+from grid_targets import loses, ours, speedup
 from records import Result, Row, geometric_mean
 from rich.console import Console
 from tables import LOST, machine, markdown, number, print_tables, rich_table
+from targets import Target, target_line, target_table
 
 WORST = 3  # cells named beside a mean
 MOST_PRINTED = 100  # cells in the terminal
@@ -88,21 +90,17 @@ VIEWS = {
 
 
 def target_cells(result: Result) -> list[list[str]]:
-    """A line of `TARGET_COLUMNS` for each target; with a refused cell it is not reached."""
+    """A line of `TARGET_COLUMNS` for each target."""
+    timed, refused = ours(result), ours(result, refused=True)
     lines = []
     for target in VIEWS[result.device].targets:
-        kept = [row for row in ours(result) if target.keep(row)]
-        refused = [row for row in ours(result, refused=True) if target.keep(row)]
-        count = f"{len(kept)}, {len(refused)} refused" if refused else str(len(kept))
-        bound = f"{'≤' if target.at_most else '≥'} {target.bound:.2f}"
-        found = worst = "–"
-        if kept:
-            found, row = f"{target.found(kept):.2f}", target.worst(kept)
-            worst = f"{target.value(row):.2f} {row.case}, {row.mode}"
-        reached = "**no**" if refused or (kept and not target.reached(kept)) else "yes"
-        reached = reached if kept or refused else "not measured"
-        lines.append([target.where, target.what, bound, count, found, worst, reached])
+        kept, failed = ([row for row in rows if target.keep(row)] for rows in (timed, refused))
+        lines.append(target_line(target, kept, failed, functools.partial(_worst, target)))
     return lines
+
+
+def _worst(target: Target, row: Row) -> str:
+    return f"{target.value(row):.2f} {row.case}, {row.mode}"  # what was found may be a mean
 
 
 # --- means over bands ----------------------------------------------------------------------------
@@ -265,15 +263,13 @@ def print_grid(result: Result, console: Console) -> None:
         for cells in result.cells():
             table.add_row(*_cell_line(result, cells), style="red" if _is_lost(cells) else None)
         found.append(table)
-    means = band_cells(rows, VIEWS[result.device].bands)
-    for title, columns, lines, text_columns in (
-        ("Targets", TARGET_COLUMNS, target_cells(result), 2),
-        (f"Geometric means (range, cells lost {LOST})", band_columns(rows)[:-1], means, 3),
-    ):
-        table = rich_table(title, columns, text_columns)
-        for line in lines:
-            table.add_row(*(cell.replace("**", "") for cell in line[: len(columns)]))
-        found += [table] if rows else []
+    if rows:
+        found.append(target_table(TARGET_COLUMNS, target_cells(result)))
+        columns = band_columns(rows)[:-1]
+        means = rich_table(f"Geometric means (range, cells lost {LOST})", columns, 3)
+        for line in band_cells(rows, VIEWS[result.device].bands):
+            means.add_row(*line[: len(columns)])
+        found.append(means)
     print_tables(found, result, console)
     for text in (gpu_report.measured(result), gpu_report.unreached(result)):
         if text:

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The targets of the CPU kernels, as bounds on cells of the grid, and what all targets share.
+"""The targets of the CPU kernels, as bounds on cells of the grid, and what both grids share.
 
 "The faster" is whichever of `stacked` and `compiled` is faster in a cell, so the ratio to it is the
 smaller of two. Where the numbers come from: `grid_run.py`; how they are shown: `grid_report.py`;
-the targets of the GPU kernels: `gpu_targets.py`.
+what a target is: `targets.py`; those of the GPU kernels: `gpu_targets.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from cases import FORWARD, FROZEN, MODES, TRAINABLE
 from grid import GROUP
-from records import GRAPH, Result, Row, geometric_mean
+from records import GRAPH, Result, Row
+from targets import Target
 
 _FASTER = ("stacked", "compiled")
 
@@ -41,37 +41,6 @@ def ours(result: Result, *, refused: bool = False) -> list[Row]:
     return [row for row in rows if (row.error is not None if refused else speedup(row) is not None)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A bound on the geometric mean of `value` over the cells that `keep` accepts.
-
-    With `every_cell` on the worst of them. The value should be at least `bound`, or `at_most` that.
-    """
-
-    where: str
-    what: str
-    bound: float
-    keep: Callable[[Row], bool]
-    value: Callable[[Row], float] = speedup
-    every_cell: bool = False
-    at_most: bool = False
-
-    def worst(self, rows: Sequence[Row]) -> Row:
-        """The cell that is farthest on the wrong side."""
-        return (max if self.at_most else min)(rows, key=self.value)
-
-    def found(self, rows: Sequence[Row]) -> float:
-        """What the bound is for."""
-        if self.every_cell:
-            return self.value(self.worst(rows))
-        return geometric_mean(self.value(row) for row in rows)
-
-    def reached(self, rows: Sequence[Row]) -> bool:
-        """Whether the bound holds, to the two digits shown."""
-        found = round(self.found(rows), 2)
-        return found <= self.bound if self.at_most else found >= self.bound
-
-
 def _cells(
     dtype: str, *modes: str, where: Callable[[Row], bool] = lambda row: True
 ) -> Callable[[Row], bool]:
@@ -94,18 +63,21 @@ _LARGE = "T ≥ 512, N ≥ 96, D, H ≥ 768"
 _MEAN, _TIME, _SLOWEST = "× faster, mean", "time / bare matmuls", "× faster, every cell"
 
 TARGETS = (
-    Target(f"bf16 fwd, {_LARGE}", _MEAN, 1.4, _cells("bf16", FORWARD, where=_large)),
+    Target(f"bf16 fwd, {_LARGE}", _MEAN, 1.4, _cells("bf16", FORWARD, where=_large), speedup),
     Target(f"bf16 fwd and frozen, {_LARGE}", _SLOWEST, 1.0,
-           _cells("bf16", FORWARD, FROZEN, where=_large), every_cell=True),
+           _cells("bf16", FORWARD, FROZEN, where=_large), speedup, every_cell=True),
     Target(f"bf16 fwd, {_LARGE}", f"{_TIME}, mean", 1.05, _cells("bf16", FORWARD, where=_large),
            _matmul_time, at_most=True),
     Target(f"bf16 fwd, {_LARGE}", f"{_TIME}, every cell", 1.05,
            _cells("bf16", FORWARD, where=_large), _matmul_time, every_cell=True, at_most=True),
-    Target(f"bf16 fwd+bwd frozen, {_LARGE}", _MEAN, 1.25, _cells("bf16", FROZEN, where=_large)),
+    Target(f"bf16 fwd+bwd frozen, {_LARGE}", _MEAN, 1.25, _cells("bf16", FROZEN, where=_large),
+           speedup),
     # Fewer tokens have a target of their own, and would lift this mean.
-    *(Target(f"fp32 {mode}, T ≥ 128", _MEAN, 1.1, _cells("fp32", mode, where=lambda r: r.T >= 128))
+    *(Target(f"fp32 {mode}, T ≥ 128", _MEAN, 1.1, _cells("fp32", mode, where=lambda r: r.T >= 128),
+             speedup)
       for mode in (FORWARD, FROZEN, TRAINABLE)),
-    Target("fp32, all modes and tokens", _SLOWEST, 1.0, _cells("fp32", *MODES), every_cell=True),
+    Target("fp32, all modes and tokens", _SLOWEST, 1.0, _cells("fp32", *MODES), speedup,
+           every_cell=True),
     *(Target(f"{dtype} fwd, T ≤ 32", "× stacked, mean", 2.0,
              _cells(dtype, FORWARD, where=lambda r: r.T <= 32), _to_stacked)
       for dtype in ("bf16", "fp32")),

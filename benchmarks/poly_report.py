@@ -6,20 +6,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from grid_targets import Target
 from poly_cases import COMPILED, FORWARD, GENERATE, MANY, OURS, PEFT, STEP
 from poly_records import LAYER, MODEL, PolyRow
 from records import Result, Row
 from rich.console import Console
 from rich.text import Text
 from tables import LOST, machine, markdown, number, print_tables, rich_table
+from targets import TARGET_COLUMNS, Target, target_lines, target_table
 
 ADDED = f"{PEFT} added"
 COLUMNS = (
     "case", "dtype", "mode", "contender", "ms", "20–80 %", "added %", "× peft", "added × peft",
     "× compiled", "peak MiB", "deviation",
 )  # fmt: skip
-TARGET_COLUMNS = ("where", "what", "target", "cells", "worst found", "in", "reached")
 READING = (
     "Base layer or model included. added: time beyond the frozen layer or model alone, over its "
     "time; added × peft: peft's added time over ours. × peft, × compiled: how many times faster "
@@ -66,23 +65,8 @@ def targets(result: Result) -> tuple[Target, ...]:
 
 
 def target_cells(result: Result) -> list[list[str]]:
-    """A line of `TARGET_COLUMNS` for each target; with a refused cell it is not reached."""
-    lines = []
-    for target in targets(result):
-        rows = [row for row in result.rows if row.provider == OURS and target.keep(row)]
-        refused = [row for row in rows if row.error]
-        kept = [row for row in rows if not row.error and not math.isnan(target.value(row))]
-        found = where = "–"
-        if kept:
-            worst = target.worst(kept)
-            found = f"{target.value(worst):.2f}"
-            where = f"{worst.case}, {worst.dtype}, {worst.mode}"
-        fails = refused or (kept and not target.reached(kept))
-        reached = "**no**" if fails else "yes" if kept else "not measured"
-        count = f"{len(kept)}, {len(refused)} refused" if refused else str(len(kept))
-        bound = f"{'≤' if target.at_most else '≥'} {target.bound:.2f}"
-        lines.append([target.where, target.what, bound, count, found, where, reached])
-    return lines
+    """A line of `TARGET_COLUMNS` for each target."""
+    return target_lines(targets(result), result, lambda row: f"{row.case}, {row.dtype}, {row.mode}")
 
 
 def row_cells(row: PolyRow) -> list[str]:
@@ -132,7 +116,5 @@ def print_poly(result: Result, console: Console) -> None:
             lost = row.error or row.loses_to(PEFT)
             table.add_row(*map(Text, cells), style="red" if lost else None)
         shown.append(table)
-    reached = rich_table("Targets", TARGET_COLUMNS, text_columns=2)
-    for line in target_cells(result):
-        reached.add_row(*(cell.replace("**", "") for cell in line))
+    reached = target_table(TARGET_COLUMNS, target_cells(result))
     print_tables([*shown, reached], result, console)

@@ -10,15 +10,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from grid_targets import Target
 from records import Result, Row
 from rich.console import Console
 from rich.text import Text
 from t5_cases import FORWARD, GENERATE, MODES, OURS, STEP
 from t5_records import MODEL, TAIL, T5Row
 from tables import LOST, machine, markdown, number, print_tables, rich_table
+from targets import TARGET_COLUMNS, Target, target_lines, target_table
 
-TARGET_COLUMNS = ("where", "what", "target", "cells", "worst found", "in", "reached")
 COLUMNS = (
     "case", "dtype", "contender", "ms", "20–80 %", "added %", "mixture's FLOP %", "added / mixture",
     "added / all adapters", "× published", "× stacked", "peak MiB", "deviation",
@@ -96,22 +95,8 @@ def targets(result: Result) -> tuple[Target, ...]:
 
 
 def target_cells(result: Result) -> list[list[str]]:
-    """A line of `TARGET_COLUMNS` for each target; with a refused cell it is not reached."""
-    lines = []
-    for target in targets(result):
-        rows = [row for row in result.rows if row.provider == OURS and target.keep(row)]
-        refused = [row for row in rows if row.error]
-        kept = [row for row in rows if not row.error and not math.isnan(target.value(row))]
-        bound = f"{'≤' if target.at_most else '≥'} {target.bound:.2f}"
-        found = where = "–"
-        if kept:
-            worst = target.worst(kept)
-            found, where = f"{target.value(worst):.2f}", f"{worst.case}, {worst.dtype}"
-        fails = refused or (kept and not target.reached(kept))
-        reached = "**no**" if fails else "yes" if kept else "not measured"
-        count = f"{len(kept)}, {len(refused)} refused" if refused else str(len(kept))
-        lines.append([target.where, target.what, bound, count, found, where, reached])
-    return lines
+    """A line of `TARGET_COLUMNS` for each target."""
+    return target_lines(targets(result), result, lambda row: f"{row.case}, {row.dtype}")
 
 
 def _percent(value: float | None) -> str:
@@ -182,7 +167,5 @@ def print_t5(result: Result, console: Console) -> None:
                 cells[3] = "refused"
             table.add_row(*map(Text, cells), style="red" if lost else None)
         shown.append(table)
-    reached = rich_table("Targets", TARGET_COLUMNS, text_columns=2)
-    for line in target_cells(result):
-        reached.add_row(*(cell.replace("**", "") for cell in line))
+    reached = target_table(TARGET_COLUMNS, target_cells(result))
     print_tables([*shown, reached], result, console)
