@@ -25,6 +25,7 @@ import grid_run
 import torch
 from cases import CASES, DTYPES, Case, select
 from checking import Oracle
+from command_line import check_options, conclude, console, new_parser, say
 from grid_report import print_grid
 from measure import (
     CELL_S,
@@ -38,14 +39,10 @@ from measure import (
     time_interleaved,
 )
 from providers import BASELINES, BOUND, PROVIDERS, Provider, bare_matmuls, preferred, step
-from records import OPERATOR, RESULTS, Result, Row, environment, new_row
-from rich.console import Console
+from records import OPERATOR, Result, Row, environment, first_line, new_row
 from tables import print_result
 
 from pemt_fast.timing import ratio
-
-console = Console()
-MOST_REFUSALS = 30  # printed in full
 
 
 def available(device: str) -> tuple[list[Provider], dict[str, str]]:
@@ -57,7 +54,7 @@ def available(device: str) -> tuple[list[Provider], dict[str, str]]:
             runnable.append(provider)
         else:
             skipped[provider.name] = reason
-            console.print(f"skipped {provider.name}: {reason}", highlight=False, soft_wrap=True)
+            say(f"skipped {provider.name}: {reason}")
     return runnable, skipped
 
 
@@ -82,7 +79,7 @@ def measure_cell(
             row.first_call_s = seconds_of(run, device)
             oracle.check(function, mode, exempt=provider.exempt)
         except Exception as error:  # whatever a provider raises belongs into its row
-            row.error = f"{type(error).__name__}: {error}".splitlines()[0]
+            row.error = first_line(error)
             continue
         runs[provider.name] = run
     rows[BOUND] = new_row(case, dtype, mode, BOUND)
@@ -133,33 +130,25 @@ def measure(
         rows += found
         refused = [row.provider for row in found if row.error]
         remark = f"; refused: {', '.join(refused)}" if refused else ""
-        console.print(
-            f"[{i}/{len(cells)}] {case.name}, {dtype}, {mode}: "
-            f"{time.perf_counter() - started:.1f} s{remark}",
-            highlight=False,
-            markup=False,
-        )
+        took = time.perf_counter() - started
+        say(f"[{i}/{len(cells)}] {case.name}, {dtype}, {mode}: {took:.1f} s{remark}")
     return rows
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Time adapter_mixture against its baselines.")
+    parser = new_parser(
+        "Time adapter_mixture against its baselines.",
+        quick="a few cases instead of all",
+        rounds="about a second's worth",
+    )
     parser.add_argument("--suite", choices=(OPERATOR, grid.SUITE), default=OPERATOR)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a few cases instead of all")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="for the results")
-    parser.add_argument("--rounds", type=int, help="per cell; about a second's worth if not given")
-    parser.add_argument("--threads", type=int, help="of the CPU; all cores if not given")
     resume = "partial result of --suite grid to complete"
     parser.add_argument("--resume", type=Path, metavar="FILE", help=resume)
     budget = f"of the GPU's grid; {gpu_run.BUDGET_S:.0f}, or {gpu_run.QUICK_BUDGET_S:.0f} if quick"
     parser.add_argument("--budget-s", type=float, metavar="SECONDS", help=budget)
     dry = "the GPU's grid on the CPU, in tiny sizes"
     parser.add_argument("--dry-run", action="store_true", help=dry)
-    commit = "what this is a copy of, where git does not tell"
-    parser.add_argument("--commit", metavar="HASH", help=commit)
     # How often a process was started anew because its predecessor lost the device.
     parser.add_argument("--restarts", type=int, default=0, help=argparse.SUPPRESS)
     return parser
@@ -170,11 +159,7 @@ def arguments() -> argparse.Namespace:
     command_line = parser()
     options, error = command_line.parse_args(), command_line.error
     gpu_grid_asked = options.suite == grid.SUITE and options.device == "cuda"
-    if options.device == "cuda" and not torch.cuda.is_available() and not options.dry_run:
-        error("--device cuda: torch sees no CUDA device")
-    for name in ("rounds", "threads", "budget_s"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            error(f"--{name.replace('_', '-')} must be at least 1")
+    check_options(command_line, options, "budget_s", needs_device=not options.dry_run)
     if (options.dry_run or options.budget_s) and not gpu_grid_asked:
         error("--dry-run and --budget-s are for --suite grid --device cuda")
     if options.resume is not None and options.suite != grid.SUITE:
@@ -218,7 +203,7 @@ def go_on(restart: gpu_run.Restart, options: argparse.Namespace) -> int:
     command = [sys.executable, *sys.argv, "--resume", str(restart.path)]
     command += ["--budget-s", str(max(1.0, restart.budget_s))]
     command += ["--restarts", str(options.restarts + 1)]
-    console.print(f"going on: {' '.join(command)}", highlight=False, markup=False, soft_wrap=True)
+    say(f"going on: {' '.join(command)}")
     sys.stdout.flush()
     return subprocess.run(command).returncode
 
@@ -233,7 +218,7 @@ def main() -> int:
         try:
             result, path = suite.run(options, stamp, providers, skipped, console)
         except grid_run.CannotResume as error:
-            console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+            say(str(error), style="red")
             return 2
         except gpu_run.Restart as restart:
             return go_on(restart, options)
@@ -241,14 +226,7 @@ def main() -> int:
     else:
         result, path = run(options, stamp, providers, skipped)
         print_result(result, console)
-    console.print(f"written: {path}", highlight=False, soft_wrap=True)
-    refused = [row for row in result.rows if row.error]
-    for row in refused[:MOST_REFUSALS]:
-        message = f"{', '.join(row.cell)}: {row.provider} was refused: {row.error}"
-        console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
-    if refused[MOST_REFUSALS:]:
-        console.print(f"and {len(refused) - MOST_REFUSALS} more", style="red", highlight=False)
-    return 1 if refused else 0
+    return conclude(result, path)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from cases import DTYPES
+from command_line import check_options, chosen, conclude, console, new_parser, say
 from measure import CELL_S, QUICK_CELL_S, peak_memory_mib, pin_threads, time_interleaved
 from poly_cases import (
     COMPILED,
@@ -37,22 +38,14 @@ from poly_cases import (
 from poly_models import Layers, Models
 from poly_records import SUITE, PolyRow, poly_row
 from poly_report import print_poly
-from records import RESULTS, Result, environment
-from rich.console import Console
+from records import Result, environment, first_line
 from t5_checking import check, check_tokens
-from t5_run import first_line
 
 from pemt_fast.ops.dispatch import auto_impl
 from pemt_fast.timing import ratio
 
-console = Console()
 # T5-base is slow on a CPU: rounds of a cell, and calls whose median is the memory.
 MODEL_ROUNDS, MEMORY_CALLS = 5, 3
-
-
-def say(text: str, style: str | None = None) -> None:
-    """A line as it is."""
-    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def checked(case: PolyCase, subject: Layers | Models, dtype: str) -> dict[str, float | str]:
@@ -136,29 +129,12 @@ def measure_case(case: PolyCase, options: argparse.Namespace) -> list[PolyRow]:
 
 def arguments() -> argparse.Namespace:
     """What the command line says, with the cases to measure."""
-    parser = argparse.ArgumentParser(description="Time Poly and MHR against peft.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="short cells, T5-base with 1 + 1")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument("--rounds", type=int, help="per cell; 7 or more if not given")
-    parser.add_argument("--threads", type=int, help="of the CPU; all cores if not given")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="for the results")
-    commit = "what this is a copy of, where git does not tell"
-    parser.add_argument("--commit", metavar="HASH", help=commit)
+    parser = new_parser("Time Poly and MHR against peft.", quick="short cells, T5-base with 1 + 1")
     options = parser.parse_args()
-    for name in ("rounds", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+    check_options(parser, options)
     layers = 1 if options.quick else CPU_LAYERS if options.device == "cpu" else 12
     options.cell_s = QUICK_CELL_S if options.quick else CELL_S
-    found = (*LAYERS, *models(layers))
-    options.cases = [case for case in found if options.only in case.name]
-    if not options.cases:
-        names = ", ".join(case.name for case in found)
-        parser.error(f"--only {options.only!r} is in none of: {names}")
+    options.cases = chosen(parser, options.only, (*LAYERS, *models(layers)))
     return options
 
 
@@ -172,16 +148,9 @@ def main() -> int:
         result.rows += measure_case(case, options)  # type: ignore[arg-type]
         path = result.save(options.out)
     if not any((options.quick, options.only, options.rounds)):
-        for file in (path, path.with_suffix(".csv")):
-            file.unlink()
-        result.partial = False
-        path = result.save(options.out)
+        path = result.complete(options.out)
     print_poly(result, console)
-    say(f"written: {path}")
-    refused = [row for row in result.rows if row.error]
-    for row in refused:
-        say(f"{', '.join(row.cell)}: {row.provider} was refused: {row.error}", style="red")
-    return 1 if refused else 0
+    return conclude(result, path)
 
 
 if __name__ == "__main__":

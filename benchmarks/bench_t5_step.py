@@ -18,24 +18,19 @@ from pathlib import Path
 
 import torch
 from cases import DTYPES
+from command_line import check_options, chosen, conclude, console, new_parser, say
 from measure import CELL_S, QUICK_CELL_S, pin_threads
-from records import RESULTS, Result, environment
+from records import Result, environment, first_line
 from rich.console import Console
 from t5_cases import MODES, OURS, STEP, TAIL_NAME, T5Case, select
 from t5_models import CONTENDERS, Models
 from t5_records import SUITE, T5Row, t5_row
 from t5_report import print_t5
-from t5_run import checked, first_line, measure_mode, measure_tail, reference
+from t5_run import checked, measure_mode, measure_tail, reference
 from tables import number, rich_table
 
-console = Console()
 QUICK_ROUNDS = 3
 PROFILED = 25  # operators in the table of --profile
-
-
-def say(text: str, style: str | None = None) -> None:
-    """A line as it is."""
-    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_profile(models: Models, title: str, device: str) -> None:
@@ -104,42 +99,23 @@ def run(options: argparse.Namespace, stamp: dict[str, object]) -> tuple[Result, 
         path = result.save(options.out)
     shortened = (options.quick, options.only, options.rounds, options.layers)
     if not any(shortened):
-        for file in (path, path.with_suffix(".csv")):
-            file.unlink()
-        result.partial = False
-        path = result.save(options.out)
+        path = result.complete(options.out)
     return result, path
 
 
 def arguments() -> argparse.Namespace:
     """What the command line says, with the cases to measure."""
-    parser = argparse.ArgumentParser(description="Time PEMT's second stage on T5.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="the smallest case, 1 + 1 layers")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    parser = new_parser("Time PEMT's second stage on T5.", quick="the smallest case, 1 + 1 layers")
     layers = "of encoder and decoder each; 3 on the CPU, all on a GPU if not given"
     parser.add_argument("--layers", type=int, metavar="N", help=layers)
-    parser.add_argument("--rounds", type=int, help="per cell; 7 or more if not given")
-    parser.add_argument("--threads", type=int, help="of the CPU; all cores if not given")
     parser.add_argument("--profile", action="store_true", help="operators of a step of ours")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="for the results")
-    commit = "what this is a copy of, where git does not tell"
-    parser.add_argument("--commit", metavar="HASH", help=commit)
     options = parser.parse_args()
-    for name in ("layers", "rounds", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+    check_options(parser, options, "layers")
     if options.quick and options.rounds is None:
         options.rounds = QUICK_ROUNDS
     found = select(options.device, quick=options.quick, layers=options.layers)
-    options.cases = [case for case in found if options.only in case.name]
+    options.cases = chosen(parser, options.only, found, TAIL_NAME)
     options.tail = options.only in TAIL_NAME
-    if not options.cases and not options.tail:
-        names = ", ".join(case.name for case in found)
-        parser.error(f"--only {options.only!r} is in none of: {TAIL_NAME}, {names}")
     for case in options.cases:
         if case.layers > case.shape.layers:
             parser.error(f"--layers must be at most {case.shape.layers} for {case.shape.name}")
@@ -152,11 +128,7 @@ def main() -> int:
     stamp = environment(pin_threads(options.threads), options.commit)
     result, path = run(options, stamp)
     print_t5(result, console)
-    say(f"written: {path}")
-    refused = [row for row in result.rows if row.error]
-    for row in refused:
-        say(f"{', '.join(row.cell)}: {row.provider} was refused: {row.error}", style="red")
-    return 1 if refused else 0
+    return conclude(result, path)
 
 
 if __name__ == "__main__":

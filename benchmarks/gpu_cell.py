@@ -37,7 +37,7 @@ from providers import (
     routing_of,
     step,
 )
-from records import BASELINES, GRAPH, OURS_PREFIX, Row, new_row
+from records import BASELINES, GRAPH, OURS_PREFIX, Row, first_line, new_row
 from roofline import floor_us
 
 from pemt_fast.timing import ratio
@@ -239,4 +239,4 @@ def _compare(rows: dict[str, Row], seconds: dict[str, list[float]], suffix: str 
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return first_line(error)[:300]

@@ -36,7 +36,7 @@ from providers import (
     mark_tokens,
     step,
 )
-from records import BASELINES, Result, Row, new_row
+from records import BASELINES, Result, Row, first_line, new_row
 from rich.console import Console
 
 from pemt_fast.timing import ratio
@@ -85,7 +85,7 @@ def measure_cell(
                 row.first_call_s = seconds_of(run, "cpu")
             oracle.check(function, mode, slack=1 if name == OURS else BASELINE_SLACK)
         except Exception as error:  # whatever a provider raises belongs into its row
-            row.error = f"{type(error).__name__}: {error}".splitlines()[0]
+            row.error = first_line(error)
             continue
         runs[name] = run
     rows[BOUND] = new_row(case, dtype, mode, BOUND)

@@ -84,6 +84,11 @@ class Row:
         self.min_ms = 1e3 * min(seconds)
 
 
+def first_line(error: Exception) -> str:
+    """Whatever a provider raises, as its row shows it."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def new_row(case: Case, dtype: str, mode: str, provider: str) -> Row:
     """A row without numbers."""
     return Row(
@@ -130,6 +135,15 @@ class Result:
             writer = csv.DictWriter(file, fieldnames=list(_flat(self, self.rows[0])))
             writer.writeheader()
             writer.writerows(_flat(self, row) for row in self.rows)
+        return path
+
+    def complete(self, folder: Path) -> Path:
+        """Save what is complete now, in place of the partial files; returns the first."""
+        partial = folder / f"{self.name}.json"
+        self.partial = False
+        path = self.save(folder)
+        for leftover in (partial, partial.with_suffix(".csv")):
+            leftover.unlink()
         return path
 
 

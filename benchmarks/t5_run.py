@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from cases import DTYPES
 from measure import peak_memory_mib, synchronize, time_interleaved
+from records import first_line
 from t5_cases import GENERATE, OURS, PLAIN, STEP, TAIL_NAME, T5Case
 from t5_cases import TAIL as TAIL_CASE
 from t5_checking import check, check_tokens
@@ -29,11 +30,6 @@ MEMORY_CALLS = 3
 CPU_ROUNDS = {128: 5, 512: 3}
 _BASELINES = tuple(FORMS)
 Runs = dict[str, Callable[[], object]]
-
-
-def first_line(error: Exception) -> str:
-    """Whatever a contender raises, as its row shows it."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def reference(case: T5Case, device: str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 # The modules of benchmarks/ import one another by name, as scripts beside each other do.
 sys.path.insert(0, str(FOLDER))
 import bench_poly as bench  # noqa: E402
+import command_line  # noqa: E402
 import measure  # noqa: E402
 import poly_cases  # noqa: E402
 import poly_models  # noqa: E402
@@ -137,6 +138,33 @@ def test_the_report_holds_every_row(result, tmp_path, capsys):
     losing = copy.deepcopy(next(row for row in found.rows if row.provider == OURS))
     losing.speedup[PEFT] = 0.5
     assert "0.50 ▼" in poly_report.row_cells(losing)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--threads 0", "--threads must be at least 1, got 0"),
+        ("--only dozen", "'dozen' is in none of: one token, one token, MHR, beams"),
+    ],
+)
+def test_errors_of_the_command_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_poly.py", *arguments.split()])
+    with pytest.raises(SystemExit, match="2"):
+        bench.arguments()
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_ends_with_what_was_refused(result, monkeypatch, capsys):
+    found, path = copy.deepcopy(result)
+    assert command_line.conclude(found, path) == 0
+    assert capsys.readouterr().out == f"written: {path}\n"
+    monkeypatch.setattr(command_line, "MOST_REFUSALS", 1)
+    for row in found.rows[:3]:
+        row.error = "AssertionError: [d_a] is off"
+    assert command_line.conclude(found, path) == 1
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "tiny, fp32, forward: plain was refused: AssertionError: [d_a] is off", "and 2 more",
+    ]  # fmt: skip
 
 
 def test_the_cases_are_of_t5_base():
