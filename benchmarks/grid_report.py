@@ -21,7 +21,7 @@ from gpu_targets import share_of_floor
 from grid_targets import loses, ours, speedup
 from records import Result, Row, geometric_mean
 from rich.console import Console
-from tables import LOST, machine, markdown, number, print_tables, rich_table
+from tables import LOST, machine, markdown, mean_and_range, number, print_tables, rich_table
 from targets import Target, target_line, target_table
 
 WORST = 3  # cells named beside a mean
@@ -124,8 +124,8 @@ def band_cells(rows: Sequence[Row], bands: dict[str, Callable[[int], bool]]) -> 
         if not kept:
             continue
         worst = sorted(kept, key=speedup)[:WORST]
-        line = [dtype, mode, name, str(len(kept)), _spread([speedup(row) for row in kept])]
-        line.append(_spread([row.speedup["loop"] for row in kept if "loop" in row.speedup]))
+        line = [dtype, mode, name, str(len(kept)), mean_and_range([speedup(row) for row in kept])]
+        line.append(mean_and_range([row.speedup["loop"] for row in kept if "loop" in row.speedup]))
         line.append(_shares([row.share_of_matmuls for row in kept]))
         if has_floor:
             line.append(_shares([share_of_floor(row) for row in kept]))
@@ -138,15 +138,6 @@ def _shares(shares: Sequence[float]) -> str:
     """Geometric mean and range in per cent."""
     per_cent = [100 * share for share in shares]
     return f"{geometric_mean(per_cent):.0f} ({min(per_cent):.0f}–{max(per_cent):.0f})"
-
-
-def _spread(ratios: Sequence[float]) -> str:
-    """Geometric mean, range, and how many are lost."""
-    if not ratios:
-        return "–"
-    lost = sum(round(ratio, 2) < 1 for ratio in ratios)
-    remark = f", {lost} {LOST}" if lost else ""
-    return f"{geometric_mean(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}{remark})"
 
 
 # --- pages ---------------------------------------------------------------------------------------

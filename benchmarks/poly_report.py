@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 from poly_cases import COMPILED, FORWARD, GENERATE, MANY, OURS, PEFT, STEP
@@ -11,7 +12,7 @@ from poly_records import LAYER, MODEL, PolyRow
 from records import Result, Row
 from rich.console import Console
 from rich.text import Text
-from tables import LOST, machine, markdown, number, print_tables, rich_table
+from tables import LOST, machine, markdown, mean_and_range, number, print_tables, rich_table
 from targets import TARGET_COLUMNS, Target, target_lines, target_table
 
 ADDED = f"{PEFT} added"
@@ -19,6 +20,7 @@ COLUMNS = (
     "case", "dtype", "mode", "contender", "ms", "20–80 %", "added %", "× peft", "added × peft",
     "× compiled", "peak MiB", "deviation",
 )  # fmt: skip
+SUMMARY_COLUMNS = ("what", "dtype", "mode", "cells", "× peft")
 READING = (
     "Base layer or model included. added: time beyond the frozen layer or model alone, over its "
     "time; added × peft: peft's added time over ours. × peft, × compiled: how many times faster "
@@ -67,6 +69,25 @@ def targets(result: Result) -> tuple[Target, ...]:
 def target_cells(result: Result) -> list[list[str]]:
     """A line of `TARGET_COLUMNS` for each target."""
     return target_lines(targets(result), result, lambda row: f"{row.case}, {row.dtype}, {row.mode}")
+
+
+def summary_cells(result: Result) -> list[list[str]]:
+    """A line of `SUMMARY_COLUMNS` for layers and for models, per dtype and mode.
+
+    A cell counts where peft and ours were both timed; how often either was refused stands beside.
+    """
+    pools: dict[tuple[str, str, str], list[Row]] = {}
+    for title, rows in _groups(result):
+        for row in rows:
+            pools.setdefault((title, row.dtype, row.mode), []).append(row)
+    lines = []
+    for key, pool in pools.items():
+        ratios = [row.speedup[PEFT] for row in pool if row.provider == OURS and PEFT in row.speedup]
+        refused = Counter(row.provider for row in pool if row.error)
+        reasons = [f"{name} {refused[name]}" for name in (PEFT, OURS) if refused[name]]
+        remark = f"; refused: {', '.join(reasons)}" if reasons else ""
+        lines.append([*key, f"{len(ratios)}{remark}", mean_and_range(ratios)])
+    return lines
 
 
 def row_cells(row: PolyRow) -> list[str]:

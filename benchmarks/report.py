@@ -4,10 +4,10 @@
     python benchmarks/report.py [--check]
     python benchmarks/report.py --show FILE
 
-Writes `results/README.md` and its plots, and the short table between the two `benchmark` markers of
-the repository's README; for the grid also `results/<device>-grid.md` with its cells. `--check`
-writes nothing and exits 1 if one of the texts is stale. `--show` prints a run of a grid, of T5 or
-of Poly, also a partial one.
+Writes `results/README.md` and its plots, and the short tables, of the operator and of Poly, between
+the two `benchmark` markers of the repository's README; for the grid also `results/<device>-grid.md`
+with its cells. `--check` writes nothing and exits 1 if one of the texts is stale. `--show` prints a
+run of a grid, of T5 or of Poly, also a partial one.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from grid_targets import ours
 from poly_records import SUITE as POLY_SUITE
 from poly_records import load as load_poly
 from poly_records import newest_poly
+from poly_report import SUMMARY_COLUMNS as POLY_COLUMNS
 from poly_report import print_poly
 from poly_report import section as poly_section
+from poly_report import summary_cells as poly_summary_cells
 from records import BENCHMARKS, HEAT_MAP_BASELINES, RESULTS, Result, newest
 from rich.console import Console
 from t5_records import SUITE as T5_SUITE
@@ -52,14 +54,25 @@ READING = (
     f"Geometric mean of the ratios, in brackets the range over the cells, and how many of them are "
     f"slower than the baseline ({LOST}). Above 1 is faster."
 )
+POLY = (
+    "Poly and MHR against peft, the frozen layer or model included (`make bench-poly`); refused: "
+    "failed the check against peft in float64, hence not timed."
+)
 
 
-def block(results: dict[str, Result], link: str = "benchmarks/results/README.md") -> str:
-    """The short table for the repository's README, without the markers."""
+def block(
+    results: dict[str, Result],
+    polys: Iterable[Result] = (),
+    link: str = "benchmarks/results/README.md",
+) -> str:
+    """The short tables for the repository's README, without the markers."""
     parts = []
     for result in results.values():
         table = markdown(SUMMARY_COLUMNS, summary_cells(result), text_columns=3)
         parts.append(f"`{result.device}`: {machine(result)}\n\n{table}")
+    for poly in polys:
+        table = markdown(POLY_COLUMNS, poly_summary_cells(poly), text_columns=3)
+        parts.append(f"{POLY}\n\n`{poly.device}`: {machine(poly)}\n\n{table}")
     tables = "\n\n".join(parts)
     return f"{tables}\n\n{READING} [All cells, with plots]({link})."
 
@@ -139,7 +152,7 @@ def stale(results: dict[str, Result], folder: Path, readme: Path) -> list[str]:
         if not path.is_file() or path.read_text() != text
     ]
     text = readme.read_text() if readme.is_file() else ""
-    if with_block(text, block(results)) not in (None, text):
+    if with_block(text, block(results, newest_poly(folder).values())) not in (None, text):
         found.append(f"{readme} between {OPEN} and {CLOSE}")
     return found
 
@@ -154,7 +167,7 @@ def write(results: dict[str, Result], folder: Path, readme: Path) -> list[Path]:
         path.write_text(text)
         written.append(path)
     text = readme.read_text() if readme.is_file() else ""
-    changed = with_block(text, block(results))
+    changed = with_block(text, block(results, newest_poly(folder).values()))
     if changed is None:
         print(f"{readme} has no markers {OPEN} and {CLOSE}: left as it is")
     else:

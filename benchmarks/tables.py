@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from records import BASELINES, Result, Row, Summary, summaries
+from records import BASELINES, Result, Row, Summary, geometric_mean, summaries
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +28,15 @@ def number(value: float | None) -> str:
     if 0 < abs(value) < 0.01:
         return f"{value:.4f}" if abs(value) >= 0.0001 else "<0.0001"
     return f"{value:.{digits}f}"
+
+
+def mean_and_range(ratios: Sequence[float]) -> str:
+    """Geometric mean, range, and how many are lost."""
+    if not ratios:
+        return "–"
+    lost = sum(round(ratio, 2) < 1 for ratio in ratios)
+    remark = f", {lost} {LOST}" if lost else ""
+    return f"{geometric_mean(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}{remark})"
 
 
 def _ratio(row: Row, baseline: str) -> str:

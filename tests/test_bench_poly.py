@@ -140,6 +140,28 @@ def test_the_report_holds_every_row(result, tmp_path, capsys):
     assert "0.50 ▼" in poly_report.row_cells(losing)
 
 
+def test_the_readme_follows_the_newest_run(result, tmp_path):
+    found = copy.deepcopy(result[0])
+    for row in found.rows:
+        if row.provider == OURS and row.group == poly_records.LAYER:
+            row.speedup[PEFT] = {"tiny": 0.9, "tiny, 40 skills": 1.6}[row.case]
+        if row.group == poly_records.MODEL and row.provider in (PEFT, OURS) and row.mode == STEP:
+            row.error, row.speedup = "AssertionError: d_a", {}
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    found.save(folder)
+    readme.write_text(f"before\n{report.OPEN}\nold\n{report.CLOSE}\nafter\n")
+    assert any(str(readme) in name for name in report.stale({}, folder, readme))
+    report.write({}, folder, readme)
+    assert report.stale({}, folder, readme) == []
+    text = readme.read_text()
+    assert "commit abcdef12" in text and text.count("| One layer of T5-base |") == 4
+    assert "| One layer of T5-base | fp32 | forward | 2 | 1.20 (0.90–1.60, 1 ▼) |" in text
+    assert "| bf16 | step | 0; refused: peft 1, ours 1 | – |" in text
+    found.rows = [row for row in found.rows if row.group == poly_records.LAYER]
+    found.save(folder)
+    assert any(str(readme) in name for name in report.stale({}, folder, readme))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
