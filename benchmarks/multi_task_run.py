@@ -9,13 +9,12 @@ different `--seeds` at once, the last one then runs with all.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import shutil
 from pathlib import Path
 
-from real_run import remembered, run
+from data_runs import backbone, new_parser, parse, remembered, run
 
 # The training rows of the tasks themselves and of their relatives, as T5 v1.0 was pretrained:
 # on text alone a backbone of this size learns too little for a frozen model to be adapted; with
@@ -30,11 +29,7 @@ TRAIN = (
 
 def page(work: Path, commands: list[str], pretrain_s: float) -> str:
     """The Markdown page."""
-    pretrained = json.loads((work / "t5" / "pretrain.json").read_text())
-    config, loss = pretrained["config"], pretrained["held_out_loss"]
-    shape = ", ".join(
-        f"{k} {config[k]}" for k in ("d_model", "d_ff", "num_heads", "layers", "decoder_layers")
-    )
+    words, loss = backbone(work)
     summary = json.loads((work / "runs" / "summary.json").read_text())
     runs = [found for method in summary["runs"].values() for found in method]
     seconds = sum(found["seconds"] for found in runs)
@@ -51,8 +46,7 @@ text and what the allocations look like, not how well the methods do on a real b
 # {len(runs)} runs, {seconds:.0f} s of training on one thread each
 ```
 
-The backbone: T5 from scratch ({shape}, {pretrained["vocab_size"]} tokens,
-{pretrained["parameters"] / 1e6:.1f} M parameters), {config["steps"]} steps of span corruption mixed
+{words} mixed
 with the training rows of {PRETRAIN_TASKS.replace(",", ", ")}, held-out loss {loss:.3f}. Every
 method has {summary["units"]} hidden units beside each linear layer, α / r = 1, the same rates,
 batches and steps, tasks drawn at temperature {summary["temperature"]:g}. Texts begin with the name
@@ -69,15 +63,10 @@ weights are means over its splits. The other layers and seeds are in the `result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of JSONL data sets")
-    parser.add_argument("--work", type=Path, default=Path("build/multi"))
-    parser.add_argument("--page", type=Path, default=Path("docs/multi_task.md"))
+    description = __doc__.splitlines()[0]
+    parser = new_parser(description, work="build/multi", page="docs/multi_task.md")
     parser.add_argument("--seeds", default="1,2,3")
-    options = parser.parse_args()
-    if not (options.data / "corpus").is_dir():
-        parser.error(f"--data: {options.data} has no folder corpus with text files")
-    options.work.mkdir(parents=True, exist_ok=True)
+    options = parse(parser)
     t5, runs = options.work / "t5", options.work / "runs"
     pretrain = (
         f"pretrain --text {options.data}/corpus --data {options.data} --tasks {PRETRAIN_TASKS} "

@@ -8,13 +8,10 @@ it is typed by hand. Finished parts are skipped, so the script continues after a
 
 from __future__ import annotations
 
-import argparse
-import json
 import shlex
-import subprocess
-import sys
-import time
 from pathlib import Path
+
+from data_runs import backbone, new_parser, parse, remembered
 
 # The sources' training rows under their names, as T5 v1.0 was pretrained: on text alone a backbone
 # of this size learns too little for a frozen model to be adapted (sources stayed at chance).
@@ -26,30 +23,9 @@ TRAIN = (
 )
 
 
-def run(arguments: list[str]) -> float:
-    """Run `pemt-fast …` from this environment; returns seconds."""
-    program = Path(sys.executable).with_name("pemt-fast")
-    started = time.perf_counter()
-    subprocess.run([str(program), *arguments], check=True)
-    return time.perf_counter() - started
-
-
-def remembered(path: Path, arguments: list[str]) -> float:
-    """Run unless `path` says that it was done; the seconds of the run that did the work."""
-    if path.is_file():
-        return json.loads(path.read_text())["seconds"]
-    seconds = run(arguments)
-    path.write_text(json.dumps({"seconds": seconds}))
-    return seconds
-
-
 def page(work: Path, commands: list[str], seconds: list[float]) -> str:
     """The Markdown page."""
-    pretrained = json.loads((work / "t5" / "pretrain.json").read_text())
-    config, loss = pretrained["config"], pretrained["held_out_loss"]
-    shape = ", ".join(
-        f"{k} {config[k]}" for k in ("d_model", "d_ff", "num_heads", "layers", "decoder_layers")
-    )
+    words, loss = backbone(work)
     listing = "\n".join(f"{c}\n# {s:.0f} s" for c, s in zip(commands, seconds, strict=True))
     return f"""# A run on real data
 
@@ -61,8 +37,7 @@ everything works end to end on real text, not how well the method does.
 {listing}
 ```
 
-The backbone: T5 from scratch ({shape}, {pretrained["vocab_size"]} tokens,
-{pretrained["parameters"] / 1e6:.1f} M parameters), {config["steps"]} steps of span corruption
+{words}
 mixed with the training rows of {PRETRAIN_TASKS.replace(",", ", ")} under their names,
 as T5 v1.0 was; held-out loss {loss:.3f}.
 
@@ -70,14 +45,8 @@ as T5 v1.0 was; held-out loss {loss:.3f}.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of JSONL data sets")
-    parser.add_argument("--work", type=Path, default=Path("build/real"))
-    parser.add_argument("--page", type=Path, default=Path("docs/real_run.md"))
-    options = parser.parse_args()
-    if not (options.data / "corpus").is_dir():
-        parser.error(f"--data: {options.data} has no folder corpus with text files")
-    options.work.mkdir(parents=True, exist_ok=True)
+    description = __doc__.splitlines()[0]
+    options = parse(new_parser(description, work="build/real", page="docs/real_run.md"))
     t5, runs = options.work / "t5", options.work / "runs"
     pretrain = (
         f"pretrain --text {options.data}/corpus --data {options.data} --tasks {PRETRAIN_TASKS}"
