@@ -181,6 +181,13 @@ def test_old_poly(splits, shared, stated, tmp_path):
     assert config.router_learning_rate == 0.05
 
 
+def test_the_order_of_the_tensors_is_of_no_account(tmp_path):
+    written = Written("old", 1, "blockwise")
+    backwards = dict(reversed(written.saved.items()))
+    path = lightning(tmp_path / "last.ckpt", backwards)
+    assert_same(load_mttl(tiny_model("t5"), path), written.forward())
+
+
 @pytest.mark.parametrize("shared", ["finegrained", "blockwise", "coarsegrained"])
 @pytest.mark.parametrize("layout", ["new", "new, mhr", "named"])
 def test_new_poly(layout, shared, tmp_path):
@@ -202,6 +209,7 @@ def test_new_poly(layout, shared, tmp_path):
         0.1,
         False,
     )
+    assert config.router_learning_rate == 0.1  # mttl's own, where none is stated
 
 
 def test_new_granularity_is_the_beginning_of_a_name(tmp_path):
@@ -212,6 +220,21 @@ def test_new_granularity_is_the_beginning_of_a_name(tmp_path):
     adapted = load_mttl(tiny_model("t5"), hugging_face(tmp_path, written.saved, selectors))
     written.scale = 6.0 / RANK
     assert_same(adapted, written.forward())
+
+
+def test_new_granularity_is_held_against_the_tensors(tmp_path):
+    saved = Written("new", 1, "blockwise").saved
+    path = hugging_face(tmp_path, saved, poly_selector(router_granularity="block"))
+    assert_refused(path, "with granularity 'block' 2 layers must have .*, found 4, see")
+
+
+@pytest.mark.parametrize("key", ["module", "expert_weights"])
+def test_a_directory_whose_file_keeps_tensors_beside_the_options(key, tmp_path):
+    written = Written("new")
+    written.scale = 6.0 / RANK
+    info = {"expert_name": "one", "expert_config": skilled()}
+    torch.save({key: written.saved, "expert_info": info}, tmp_path / "checkpoint.ckpt")
+    assert_same(load_mttl(tiny_model("t5"), tmp_path), written.forward())
 
 
 def test_lightning_of_the_new_layout_has_two_modules_around_the_model(tmp_path):
@@ -284,7 +307,7 @@ def test_options_are_added_and_win(tmp_path):
     written = Written("old")
     path = lightning(
         tmp_path / "last.ckpt", written.saved, lora_warmup=True,
-        module_logits_relaxed_bernoulli=False, module_logits_learning_rate=None,
+        module_logits_relaxed_bernoulli=False, module_logits_learning_rate=None, tie_params="",
     )  # fmt: skip
     options = {"lora_warmup": False, "task_names": ["x", "y", "z"]}
     adapted = load_mttl(tiny_model("t5"), path, options=options)
@@ -375,6 +398,16 @@ def test_tensors_that_do_not_fit(changes, message, tmp_path):
     assert_refused(lightning(tmp_path / "last.ckpt", saved), message)
 
 
+@pytest.mark.parametrize("shapes", [((32, 3), (3, 32)), ((2, 32), (32, 2))], ids=["rank", "old"])
+def test_one_expert_that_is_not_like_the_others(shapes, tmp_path):
+    saved = Written("named").saved
+    saved |= {
+        f"{Q}.lora_{part}.e1": random(*shape) for part, shape in zip("ab", shapes, strict=True)
+    }
+    torch.save(saved, tmp_path / "bare.pt")
+    assert_refused(tmp_path / "bare.pt", f"{Q}.lora_a.e1 .* have no shapes of mttl's")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -401,6 +434,8 @@ def test_what_the_new_layout_cannot_say(tmp_path):
     assert_refused(path, "holds 4 skills per layer and no selector.module_logits", options=alpha)
     torch.save({f"{Q}.lora_a": random(32, 32), f"{Q}.lora_b": random(32, 32)}, path)
     assert_refused(path, "have no shapes of mttl's", options=alpha)  # either layout's
+    torch.save({f"{Q}.lora_a.one": random(2, 32), f"{Q}.lora_b.one": random(32, 2)}, path)
+    assert_refused(path, "have no shapes of mttl's", options=alpha)  # the old layout's
     written.saved[f"{Q}.{LOGITS}"][-1, 0] = 1.0
     torch.save(written.saved, path)
     assert_refused(path, "the last row of .*q.selector.* must be uniform", options=alpha)
@@ -410,6 +445,9 @@ def test_what_the_new_layout_cannot_say(tmp_path):
 
 def test_configs_without_counterpart(tmp_path):
     written = Written("new")
+    other = skilled(class_name="mttl.IA3Config")
+    torch.save({"state_dict": written.saved, "modifier_config": other}, tmp_path / "one.ckpt")
+    assert_refused(tmp_path / "one.ckpt", "model_modifier must be one of .*, got 'IA3Config'")
     for selector, expert, message in (
         (poly_selector(class_name="m.PolySelectorDirectConfig"), None, "PolySelectorDirectConfig"),
         (poly_selector(lora_merge_after=True), None, "lora_merge_after = True has no counterpart"),

@@ -114,9 +114,10 @@ def read_skills(
     skills = [
         _pair(own[a], own[b], layer, routed=routed, new=bool(stem or experts)) for a, b in pairs
     ]
-    wrong = next((pair for pair, s in zip(pairs, skills, strict=True) if s is None), None)
-    if wrong or len({s.sizes for s in skills if s}) > 1:
-        a, b = wrong or pairs[-1]
+    sizes = next((s.sizes for s in skills if s), None)
+    fits = [s is not None and s.sizes == sizes for s in skills]
+    if not all(fits):
+        a, b = pairs[fits.index(False)]
         raise ValueError(
             f"{path}: {name}.{a} {list(own[a].shape)} and {b} {list(own[b].shape)} have no shapes "
             f"of mttl's for a layer of widths {layer.in_features} and {layer.out_features}"
