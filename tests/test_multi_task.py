@@ -1,5 +1,6 @@
 """`pemt-fast multitask`: several tasks, several methods, files, budgets, errors."""
 
+import dataclasses
 import itertools
 import json
 
@@ -9,6 +10,9 @@ from tiny_data import run_cli, write_tiny_data
 from transformers import AutoModelForSeq2SeqLM
 
 import pemt_fast
+from pemt_fast.data.load import Splits
+from pemt_fast.data.template import Example
+from pemt_fast.training import multi_task, trainer
 from pemt_fast.training.multi_task import (
     MultiTaskRequest,
     _encode,
@@ -16,9 +20,11 @@ from pemt_fast.training.multi_task import (
     allocation,
     config_of,
     load_backbone,
+    train_mixture,
 )
-from pemt_fast.training.multi_task_report import majority
+from pemt_fast.training.multi_task_report import majority, most_decided, table
 from pemt_fast.training.options import TrainOptions
+from pemt_fast.training.stages import Backbone, TaskData
 
 TASKS = ("sst2", "mrpc")
 METHODS = ("lora", "moe_lora", "poly", "mhr", "c_poly")
@@ -85,18 +91,134 @@ def test_a_finished_run_is_skipped_and_another_one_refused(folder, finished, cap
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("results.json")}
     assert run_cli(*command(folder, finished, **{"--methods": "lora,c_poly"})) == 0
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("results.json")} == before
-    assert run_cli(*command(folder, finished, **{"--steps": 2})) == 1
-    assert "holds a finished run with other settings" in capsys.readouterr().err.replace("\n", " ")
+    for change in ({"--steps": 2}, {"--temperature": 3}, {"--lr": 1}, {"--limit-train": 8}):
+        assert run_cli(*command(folder, finished, **change)) == 1
+        error = capsys.readouterr().err.replace("\n", " ")
+        assert "holds a finished run with other settings" in error
+
+
+def test_a_seed_repeats_its_run_with_the_sampling_asked_for(
+    folder, finished, tmp_path, monkeypatch
+):
+    temperatures = []
+
+    class Sampler(trainer.TaskSampler):
+        def __init__(self, task_ids, **options):
+            temperatures.append(options["temperature"])
+            super().__init__(task_ids, **options)
+
+    monkeypatch.setattr(trainer, "TaskSampler", Sampler)
+    changes = {"--methods": "c_poly", "--seeds": 2, "--temperature": 2.0}
+    assert run_cli(*command(folder, tmp_path, **changes)) == 0
+    again, before = (
+        json.loads((out / "c_poly" / "seed2" / "results.json").read_text())
+        for out in (tmp_path, finished)
+    )
+    assert again["allocation"] == before["allocation"] and again["scores"] == before["scores"]
+    assert temperatures and set(temperatures) == {2.0}
+
+
+def test_without_units_the_size_is_that_of_c_poly(folder, tmp_path, monkeypatch, capsys):
+    def stop(backbone, tasks, config, *_, **options):
+        raise ValueError(f"r = {config.r}, temperature = {options['temperature']}")
+
+    monkeypatch.setattr(multi_task, "train_mixture", stop)
+    changes = {"--methods": "lora", "--temperature": 7}
+    words = command(folder, tmp_path / "out", **changes)
+    at = words.index("--units")
+    assert run_cli(*words[:at], *words[at + 2 :]) == 1
+    # Three common skills and one per task, of rank 2.
+    assert "r = 10, temperature = 7.0" in capsys.readouterr().err
+
+
+def request(folder, **changes):
+    return MultiTaskRequest(str(folder / "t5"), TASKS, data_dir=folder, **changes)
 
 
 def test_rows_carry_their_task(folder):
-    request = MultiTaskRequest(str(folder / "t5"), TASKS, data_dir=folder, limit_train=10)
-    _, tokenizer = load_backbone(request.model)
-    tasks = {name: _load(name, request) for name in TASKS}
+    wanted = request(folder, limit_train=10, limit_eval=5)
+    _, tokenizer = load_backbone(wanted.model)
+    tasks = {name: _load(name, wanted) for name in TASKS}
     train, test = _encode(tasks, tokenizer, TrainOptions())
     assert [row["task_ids"] for row in train] == [0] * 10 + [1] * 10
-    assert {row["task_ids"] for row in test["mrpc"]} == {1}
-    assert majority(tasks["sst2"]) == 50.0
+    assert [row["task_ids"] for row in test["mrpc"]] == [1] * 5
+    for row, example in zip(test["mrpc"], tasks["mrpc"].splits.test, strict=True):
+        assert row["input_ids"] == tokenizer(f"mrpc: {example.source}")["input_ids"]
+
+
+def test_the_seed_of_the_data_chooses_the_examples(folder):
+    first, second = (_load("sst2", request(folder, data_seed=seed)).splits for seed in (1, 2))
+    assert first.train != second.train
+
+
+def example(target):
+    return Example("the film was good", target, (target,))
+
+
+def test_the_majority_is_that_of_the_training_part(folder):
+    positive, negative = example("positive"), example("negative")
+    splits = Splits([positive, negative, negative], [], [positive, positive, positive, negative])
+    task = dataclasses.replace(_load("sst2", request(folder)), splits=splits)
+    assert majority(task) == 25.0
+
+
+def test_generation_has_room_for_the_longest_target(folder, tmp_path, monkeypatch):
+    splits = Splits([example("good")] * 4, [], [example("good bad fine")])
+    task = TaskData("words", "", splits, ["accuracy"])
+    lengths = []
+
+    def predict(*_, max_length, **__):
+        lengths.append(max_length)
+        return [""]
+
+    monkeypatch.setattr(multi_task, "predict", predict)
+    train_mixture(
+        Backbone(*load_backbone(str(folder / "t5")), "tiny"),
+        {"words": task}, config_of("lora", ["words"], 2),
+        TrainOptions(steps=1, batch_size=2, progress=False), tmp_path, temperature=1.0, label="",
+    )  # fmt: skip
+    assert lengths == [5]  # with the start and the end token
+
+
+def test_a_part_without_examples_is_refused(folder):
+    task = _load("sst2", request(folder))
+    empty = dataclasses.replace(task, splits=Splits(task.splits.train, [], []))
+    _, tokenizer = load_backbone(str(folder / "t5"))
+    with pytest.raises(ValueError, match="task 'sst2': the test part is empty"):
+        _encode({"sst2": empty}, tokenizer, TrainOptions())
+
+
+def test_the_table_by_hand():
+    def run(a, b, seconds):
+        scores = {"a": {"average": a}, "b": {"average": b}}
+        return {"scores": scores, "trainable_parameters": 1234, "seconds": seconds}
+
+    summary = {
+        "tasks": {
+            "a": {"train": 10, "test": 5, "majority": 50.0},
+            "b": {"train": 20, "test": 6, "majority": 80.0},
+        },
+        "runs": {"lora": [run(10.0, 30.0, 1), run(20.0, 60.0, 3)], "poly": [run(40.0, 45.0, 7)]},
+    }
+    columns, rows = table(summary)
+    assert columns == ("task", "train", "test", "majority", "lora", "poly")
+    assert rows == [
+        ("a", 10, 5, "50.0", "15.0 ± 7.1", "40.0"),
+        ("b", 20, 6, "80.0", "45.0 ± 21.2", "45.0"),
+        ("mean", "", "", "65.0", "30.0 ± 14.1", "42.5"),
+        ("trained parameters", "", "", "", "1,234", "1,234"),
+        ("seconds", "", "", "", "2", "7"),
+    ]
+
+
+def test_the_picture_is_of_the_layer_whose_tasks_differ_most():
+    """Not of one that chooses its skills for all tasks alike."""
+    layers = {
+        "even": [[0.5, 0.5]] * 2,
+        "alike": [[1.0, 0.0]] * 2,
+        "apart": [[1.0, 0.0], [0.0, 1.0]],
+    }
+    assert most_decided(layers)[0] == "apart"
 
 
 def test_all_linear_layers_and_one_seed(folder, tmp_path):
@@ -111,6 +233,24 @@ def test_all_linear_layers_and_one_seed(folder, tmp_path):
 def test_the_scale_is_one_for_all(method):
     config = config_of(method, TASKS, 40)
     assert config.scale == 1.0 and config.tasks == TASKS
+
+
+def test_only_mhr_has_splits():
+    sizes = {name: config_of(name, TASKS, 40) for name in ("poly", "mhr")}
+    assert {name: (c.num_skills, c.num_splits, c.r) for name, c in sizes.items()} == {
+        "poly": (4, 1, 10),
+        "mhr": (4, 4, 10),
+    }
+
+
+def test_the_allocation_is_the_mean_over_splits(folder, finished):
+    t5 = AutoModelForSeq2SeqLM.from_pretrained(folder / "t5")
+    model = pemt_fast.load(t5, finished / "mhr" / "seed1")
+    saved = json.loads((finished / "mhr" / "seed1" / "results.json").read_text())["allocation"]
+    for name, layer in model.adapted_layers().items():
+        weights = torch.sigmoid(layer.router.logits.detach())  # [T, P, K]
+        expected = (weights / weights.sum(-1, keepdim=True)).sum(1) / 4
+        torch.testing.assert_close(torch.tensor(saved[name]), expected)
 
 
 def test_c_poly_has_its_published_sizes():
