@@ -129,6 +129,13 @@ def test_instruction_sets_and_threads(isa, dtype, case, mixes, threads):
     )
 
 
+@needs_extension
+def test_rows_of_skills_that_do_not_divide_among_the_threads():
+    torch.set_num_threads(3)
+    lead, sizes = LONG["B9-S2"]
+    assert_matches_oracle(lambda seed: make_skills(*lead, **sizes, seed=seed), impl="cpu")
+
+
 FACTORS = {
     "B5-S9": ((5, 9), {"M": 3}),
     "B5-S1-other-tasks": ((5, 1), {"M": 9, "layout": "sliced", "param_layout": "transposed"}),
@@ -145,6 +152,11 @@ def test_factors_of_the_tasks_themselves(dtype, case, impl):
     assert_matches_oracle(
         lambda seed: make_skills(*lead, **sizes, mixes=False, dtype=dtype, seed=seed), impl=impl
     )
+
+
+def test_factors_of_another_dtype_are_scaled_in_float32(impl):
+    options = {"M": 3, "mixes": False, "scale": 0.3, "param_dtype": torch.bfloat16}
+    assert_matches_oracle(lambda seed: make_skills(5, 9, **options, seed=seed), impl=impl)
 
 
 @pytest.mark.parametrize("case", FACTORS.values(), ids=FACTORS)
@@ -199,9 +211,11 @@ def test_parameters_of_any_strides(splits, param_layout):
         ("f32", {"param_dtype": torch.bfloat16}),
         ("f32", {"mixing_dtype": torch.bfloat16, "base_dtype": torch.float16}),
         ("f16", {"param_dtype": torch.bfloat16, "mixing_dtype": torch.float64}),
+        ("f32", {"param_dtype": torch.float64, "base_dtype": torch.float64}),
     ],
-    ids=["fp32-params", "fp32-mixing", "fp32-base", "bf16-params", "half-mixing-base", "odd"],
-)
+    ids=["fp32-params", "fp32-mixing", "fp32-base", "bf16-params", "half-mixing-base", "odd",
+         "float64"],
+)  # fmt: skip
 @pytest.mark.parametrize("case", ["B8-S33-M100", "B16-S5-task-P2", "B3-S21-one-row"])
 def test_mixed_dtypes(dtype, others, case, impl):
     assert_matches_oracle(
@@ -236,6 +250,33 @@ def test_the_gradient_of_a_skill_is_summed_over_sequences_in_float32(ids, impl):
     inputs = inputs.replace(**ones, grad_out=torch.ones_like(inputs.grad_out))
     grads = inputs.gradients(impl=impl)
     assert grads["d_a"].item() == grads["d_b"].item() == 257
+
+
+def test_the_gradient_of_a_factor_is_summed_over_sequences_in_float32(impl):
+    inputs = make_skills(
+        257, 1, M=2, R=1, D=1, H=1, scale=1.0, base=False, mixes=False,
+        dtype=torch.bfloat16, param_dtype=torch.float32,
+    )  # fmt: skip
+    inputs.task_ids.zero_()
+    ones = {name: torch.ones_like(t, requires_grad=True) for name, t in inputs.tensors().items()}
+    inputs = inputs.replace(**ones, grad_out=torch.ones_like(inputs.grad_out))
+    grads = inputs.gradients(impl=impl)
+    assert grads["d_a"].flatten().tolist() == grads["d_b"].flatten().tolist() == [257, 0]
+
+
+@pytest.mark.parametrize("mixes", [True, False], ids=["mixed", "factors"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_factors_are_rounded_to_the_dtype_of_x(dtype, mixes, impl):
+    # 1 + eps / 4 is then 1, and the columns of x cancel.
+    inputs = make_skills(
+        2, 3, M=2, K=1, R=1, D=2, H=1, scale=1.0, base=False, mixes=mixes, dtype=dtype,
+        param_dtype=torch.float32, mixing_dtype=torch.float32, requires_grad=False,
+    )  # fmt: skip
+    for tensor in inputs.tensors().values():
+        tensor.fill_(1)
+    inputs.a[..., 0] += torch.finfo(dtype).eps / 4
+    inputs.x[..., 1] = -1
+    assert not bool(inputs.call(impl=impl).any())
 
 
 def test_a_gradient_without_strides(impl):
