@@ -9,8 +9,9 @@ from linear_models import METHODS, MODELS, SHARED, TASKS, adapted, tiny_inputs, 
 
 import pemt_fast
 from pemt_fast.nn.adapted_linear import AdaptedLinear
-from pemt_fast.nn.routers import Router
+from pemt_fast.nn.routers import CustomizedRouter, Router, SkillRouter
 from pemt_fast.nn.routing import RoutingState
+from pemt_fast.nn.skill_linear import SkillLinear
 
 MIXED = [2, 0, 1, 0]
 TASKED = [name for name in METHODS if name not in SHARED]
@@ -167,6 +168,15 @@ def test_unseen_tasks_in_training_with_noise(method, known):
     torch.testing.assert_close(mixed[1], router.of_task(pemt_fast.UNSEEN_TASK), rtol=0, atol=0)
 
 
+def test_a_router_without_noise_is_the_same_in_training():
+    for router in (SkillRouter(3, 4, noise=False), CustomizedRouter(3, 4, 1, noise=False)):
+        task_ids = torch.tensor([1, 2, pemt_fast.UNSEEN_TASK])
+        (trained, rows), (expected, _) = (router.train(mode)(task_ids, 3) for mode in (True, False))
+        assert torch.equal(trained, expected) and rows.tolist() == [1, 2, 3]
+        torch.testing.assert_close(trained[3, :4], torch.full((4,), 0.25))
+        assert not bool(trained[3, 4:].any())
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("beams", [1, 3])
 @every_method
@@ -189,6 +199,45 @@ def test_generation_asks_the_routers_once(method, beams, kind, monkeypatch):
     for layer in layers_of(model):
         monkeypatch.setattr(layer, "name", "nothing is prepared under this name")
     assert torch.equal(model.generate(**inputs, task_ids=task_ids, **options), prepared)
+
+
+def test_generation_in_training_prepares_nothing(monkeypatch):
+    """Its noise is new in every step."""
+    model, inputs = adapted("poly").train(), tiny_inputs("t5")
+    del inputs["labels"]
+    prepared = []
+    monkeypatch.setattr(SkillLinear, "prepare", lambda *_: prepared.append(1))
+    model.generate(**inputs, task_ids=MIXED, max_new_tokens=2)
+    assert not prepared
+    model.eval().generate(**inputs, task_ids=MIXED, max_new_tokens=2)
+    assert prepared
+
+
+@pytest.mark.parametrize("method", ["poly", "mhr"])
+def test_fewer_sequences_than_tasks_prepare_no_more_factors_than_they_need(method):
+    model = adapted(method)
+    name, layer = next(iter(model.adapted_layers().items()))
+    state = RoutingState(task_ids=torch.tensor([2, pemt_fast.UNSEEN_TASK]), num_tasks=TASKS)
+    x = torch.randn(2, 3, 32)
+    with torch.no_grad(), model.routing.use(state):
+        expected = layer(x)
+        state.prepared[name] = factors = layer.prepare(state, 2)
+        assert len(factors.down) == len(factors.up) == 2
+        close(layer(x), expected)
+        close(layer(x.repeat_interleave(3, 0)), expected.repeat_interleave(3, 0))
+
+
+@pytest.mark.parametrize("method", ["poly", "mhr", "mtl-lora"])
+def test_what_is_prepared_keeps_its_shape_without_unseen_tasks(method):
+    """A compiled step would be compiled again."""
+    layer = next(iter(adapted(method).adapted_layers().values()))
+    shapes = set()
+    for last, may_be_unseen in ((pemt_fast.UNSEEN_TASK, True), (1, False)):
+        task_ids = torch.tensor([2, 0, 1, 0, last])
+        state = RoutingState(task_ids=task_ids, num_tasks=TASKS, may_be_unseen=may_be_unseen)
+        factors = layer.prepare(state, 5)
+        shapes.add((factors.down.shape, factors.up.shape, factors.task_ids.shape))
+    assert len(shapes) == 1
 
 
 # --- what breaks elsewhere -----------------------------------------------------------------------
