@@ -9,7 +9,7 @@ from linear_models import METHODS, MODELS, SHARED, TASKS, adapted, tiny_inputs, 
 
 import pemt_fast
 from pemt_fast.nn.adapted_linear import AdaptedLinear
-from pemt_fast.nn.routers import CustomizedRouter, Router, SkillRouter
+from pemt_fast.nn.routers import CustomizedRouter, Router, SkillRouter, TaskEmbeddingRouter
 from pemt_fast.nn.routing import RoutingState
 from pemt_fast.nn.skill_linear import SkillLinear
 
@@ -166,6 +166,15 @@ def test_unseen_tasks_in_training_with_noise(method, known):
     mixed, seen = rows(task_ids), rows(task_ids.clamp_min(0), may_be_unseen=known)
     torch.testing.assert_close(mixed[[0, 2]], seen[[0, 2]], rtol=0, atol=0)
     torch.testing.assert_close(mixed[1], router.of_task(pemt_fast.UNSEEN_TASK), rtol=0, atol=0)
+
+
+def test_routers_compute_in_float32():
+    routers = (SkillRouter(3, 4), CustomizedRouter(3, 4, 1), TaskEmbeddingRouter(3, 4))
+    for router in routers:
+        narrow = router.bfloat16()
+        table = narrow.table()
+        assert table.dtype == torch.float32
+        torch.testing.assert_close(table, narrow.double().table().float())
 
 
 def test_a_router_without_noise_is_the_same_in_training():
