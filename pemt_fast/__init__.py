@@ -24,6 +24,8 @@ _EXPORTS = {
     "MoeLoraConfig": "pemt_fast.methods.lora",
     "MtlLoraConfig": "pemt_fast.methods.lora",
     "MultiLoraConfig": "pemt_fast.methods.lora",
+    "PemlConfig": "pemt_fast.methods.peml",
+    "PemlModel": "pemt_fast.peml_model",
     "PemtConfig": "pemt_fast.methods.pemt_config",
     "PolyConfig": "pemt_fast.methods.poly",
     "PromptTuningConfig": "pemt_fast.methods.prompt_tuning",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from pemt_fast.methods.full import FullFineTuningConfig
     from pemt_fast.methods.lora import LoraConfig, MoeLoraConfig, MtlLoraConfig, MultiLoraConfig
     from pemt_fast.methods.mix_lora import MixLoraConfig
+    from pemt_fast.methods.peml import PemlConfig
     from pemt_fast.methods.pemt_config import PemtConfig
     from pemt_fast.methods.poly import CPolyConfig, PolyConfig
     from pemt_fast.methods.prompt_tuning import PromptTuningConfig
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from pemt_fast.nn.routing import UNSEEN_TASK
     from pemt_fast.ops import adapter_mixture, task_sparsity_loss
     from pemt_fast.ops.skill_mixture import skill_mixture
+    from pemt_fast.peml_model import PemlModel
     from pemt_fast.training.trainer import AdapterTrainer
 
 

@@ -39,6 +39,7 @@ _METHODS = {
     "mix_lora": ("pemt_fast.methods.mix_lora", "MixLoraConfig"),
     "poly": ("pemt_fast.methods.poly", "PolyConfig"),
     "c_poly": ("pemt_fast.methods.poly", "CPolyConfig"),
+    "peml": ("pemt_fast.methods.peml", "PemlConfig"),
     "bottleneck": ("pemt_fast.methods.bottleneck", "BottleneckConfig"),
     "prompt_tuning": ("pemt_fast.methods.prompt_tuning", "PromptTuningConfig"),
     "full": ("pemt_fast.methods.full", "FullFineTuningConfig"),

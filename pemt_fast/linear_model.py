@@ -119,11 +119,15 @@ class LinearAdapterModel(AttachedModel):
         state.generating, state.recording = True, False
         if self.routing.enabled and not self.merged and not self.training:
             # Noise is new in every step of training; without it every step would make the same.
-            for name, layer in self.adapted_layers().items():
-                if (prepared := layer.prepare(state, rows)) is not None:
-                    state.prepared[name] = prepared
+            self._prepare(state, rows)
         with self.routing.use(state):
             return self.base_model.generate(input_ids, **kwargs)
+
+    def _prepare(self, state: RoutingState, rows: int) -> None:
+        """What is the same in all steps of a `generate` call."""
+        for name, layer in self.adapted_layers().items():
+            if (prepared := layer.prepare(state, rows)) is not None:
+                state.prepared[name] = prepared
 
     def task_number(self, task: int | str | None) -> int:
         """As in `AttachedModel`; 0 where the method does not tell tasks apart."""

@@ -101,6 +101,7 @@ class Attachment:
         self.model = model
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self._modules: list[tuple[nn.Module, str, nn.Module]] = []
+        self._added: list[tuple[nn.Module, str]] = []
         self._parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._original_ids = {id(t) for t in model.state_dict(keep_vars=True).values()}
@@ -112,6 +113,11 @@ class Attachment:
         """Put `module` in place of `parent.name`."""
         self._modules.append((parent, name, getattr(parent, name)))
         setattr(parent, name, module)
+
+    def add_module(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        """Give `parent` a child that it does not have."""
+        self._added.append((parent, name))
+        parent.add_module(name, module)
 
     def train_copies(self, parameters: Iterable[nn.Parameter]) -> None:
         """Put trainable copies in the places of `parameters`; the originals stay untouched.
@@ -153,10 +159,12 @@ class Attachment:
             handle.remove()
         for parent, name, module in reversed(self._modules):
             setattr(parent, name, module)
+        for parent, name in self._added:
+            delattr(parent, name)
         for module, name, original in self._parameters:
             _follow(original, getattr(module, name))
             setattr(module, name, original)
-        self._hooks, self._modules, self._parameters = [], [], []
+        self._hooks, self._modules, self._parameters, self._added = [], [], [], []
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._trainable[name])
 

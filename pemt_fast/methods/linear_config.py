@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pemt_fast.methods.task_config import ADAPTER_DTYPES, TaskConfig
 from pemt_fast.nn.adapted_linear import AdaptedLinear
@@ -81,16 +81,26 @@ class LinearConfig(TaskConfig):
         from pemt_fast.linear_model import LinearAdapterModel
 
         # Complete: a saved config must find the same layers.
-        config = replace(self, target_modules=_names(model, self.target_modules))
+        config = replace(self, target_modules=self.target_names(model))
         routing = Routing()
         replaced = config.replacements(model, routing)
         for _, module in replaced:
             self._move(module, model)
         attachment = Attachment(model)
+        config.put(replaced, model, attachment)
+        return LinearAdapterModel(model, config, routing, attachment).train(model.training)
+
+    def target_names(self, model: Any) -> str | tuple[str, ...]:
+        """`target_modules`, with those of known architectures for None."""
+        return _names(model, self.target_modules)
+
+    def put(
+        self, replaced: Sequence[tuple[str, nn.Module]], model: Any, attachment: Attachment
+    ) -> None:
+        """Put the replacements in their places."""
         for name, module in replaced:
             owner, _, last = name.rpartition(".")
             attachment.replace_module(model.get_submodule(owner), last, module)
-        return LinearAdapterModel(model, config, routing, attachment).train(model.training)
 
     def replacements(self, model: Any, routing: Routing) -> list[tuple[str, nn.Module]]:
         """What takes whose place, by name and in this order; nothing is changed yet."""
@@ -105,13 +115,15 @@ class LinearConfig(TaskConfig):
     def _move(self, module: Any, model: Any) -> None:
         """Bring what is new in `module` to the device and the dtype it will have."""
         base, module.base = module.base, nn.Identity()
-        weight = next(base.parameters())
+        self._move_beside(next(base.parameters()), module, model)
+        module.base = base
+
+    def _move_beside(self, weight: Tensor, module: nn.Module, model: Any) -> None:
         if self.adapter_dtype:
             dtype = getattr(torch, self.adapter_dtype)
         else:
             dtype = weight.dtype if weight.is_floating_point() else model.dtype
         module.to(device=weight.device, dtype=dtype)
-        module.base = base
 
 
 def target_layers(model: Any, targets: str | Sequence[str] | None) -> list[tuple[str, nn.Linear]]:
