@@ -69,8 +69,14 @@ class Logits(nn.Module):
         return entropy / math.log(max(weights.shape[-1], 2))
 
     def decided(self, operators: Sequence[str]) -> tuple[str, ...]:
-        """The operator of each cell with the largest weight."""
-        return tuple(operators[i] for i in self.alpha.argmax(-1).tolist())
+        """The operator of each cell with the largest weight; `none` only where there is no other.
+
+        What `none` takes the others can make up for by larger values, so its weight says little.
+        """
+        alpha = self.alpha.detach().clone()
+        if "none" in operators and len(operators) > 1:
+            alpha[:, operators.index("none")] = -math.inf
+        return tuple(operators[i] for i in alpha.argmax(-1).tolist())
 
 
 class MixedCell(nn.Module):
