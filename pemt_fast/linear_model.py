@@ -87,8 +87,7 @@ class LinearAdapterModel(AttachedModel):
         }  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         state = self._new_state(task_ids, *_batch_of(given))
-        weight = self.adapter_config.aux_weight
-        state.wants_loss = labels is not None and weight != 0
+        state.wants_loss = labels is not None and self.adapter_config.aux_weight != 0
         state.encoder_mask, state.decoder_mask = attention_mask, None
         if labels is not None:
             state.decoder_mask = labels != -100
@@ -98,9 +97,16 @@ class LinearAdapterModel(AttachedModel):
             out = self.base_model(**given, **kwargs)
         # A layer that is recomputed during backward must not record a second time.
         state.recording = False
-        if state.losses and getattr(out, "loss", None) is not None:
-            out.loss = out.loss + weight * torch.stack(list(state.losses.values())).mean()
+        if getattr(out, "loss", None) is not None and (more := self._more_loss(state)) is not None:
+            out.loss = out.loss + more
         return out
+
+    def _more_loss(self, state: RoutingState) -> Tensor | None:
+        """What the method adds to the model's loss."""
+        if not state.losses:
+            return None
+        weight = self.adapter_config.aux_weight
+        return weight * torch.stack(list(state.losses.values())).mean()
 
     @torch.no_grad()
     def generate(

@@ -45,14 +45,13 @@ class PemlModel(LinearAdapterModel):
         super().__init__(*others)
         self.schedule: SearchSchedule = schedule
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `LinearAdapterModel`; in a search the entropy's part is in the loss."""
-        out = super().forward(*args, **kwargs)
+    def _more_loss(self, state: RoutingState) -> Tensor | None:
+        # In a search, while training: the entropy of the softmax over operators.
         logits = self.logits() if self.training and self.routing.enabled else []
-        if logits and getattr(out, "loss", None) is not None:
-            entropy = torch.stack([own.entropy() for own in logits]).mean()
-            out.loss = out.loss + self.schedule.entropy_weight * entropy
-        return out
+        if not logits:
+            return None
+        entropy = torch.stack([own.entropy() for own in logits]).mean()
+        return self.schedule.entropy_weight * entropy
 
     def _prepare(self, state: RoutingState, rows: int) -> None:
         super()._prepare(state, rows)
