@@ -9,6 +9,7 @@ import torch
 from linear_models import MODELS, tiny_inputs, tiny_model
 from t5_factory import randomise
 from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration
 
 import pemt_fast
 
@@ -330,6 +331,35 @@ def test_half_precision_with_a_float32_prefix(kind, dtype):
     out.loss.backward()
     assert out.logits.dtype == dtype
     assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_bart():
+    config = BartConfig(
+        vocab_size=80, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=0.0,
+        max_position_embeddings=32, pad_token_id=0, bos_token_id=2, eos_token_id=1,
+        decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    options = {"target_modules": (), "prefix_length": LENGTH, "prefix_depth": 0}
+    made = []
+    for implementation in ("eager", "sdpa"):
+        torch.manual_seed(0)
+        base = BartForConditionalGeneration(config).double().eval()
+        base.set_attn_implementation(implementation)
+        model = randomise(pemt_fast.get_model(base, pemt_fast.PemlConfig(**options)), scale=0.7)
+        assert model.adapter_config.prefix_places == ("encoder", "decoder", "cross")
+        made.append(results(model, tiny_inputs("t5")))
+    torch.testing.assert_close(*made, **FLOAT64)
+    assert [name.rpartition(".")[2] for name in model.prefixes()] == [
+        "self_attn", "self_attn", "encoder_attn",
+    ]  # fmt: skip
+    batch = tiny_inputs("t5")
+    inputs = {n: batch[n] for n in ("input_ids", "attention_mask")}
+    cached, plain = (
+        model.generate(**inputs, max_new_tokens=6, use_cache=cache) for cache in (True, False)
+    )
+    assert torch.equal(cached, plain)
 
 
 @every_model

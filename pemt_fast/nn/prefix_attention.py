@@ -121,7 +121,7 @@ def prefix_attention(
         query: `[B, heads, S_q, width]`.
         key: `[B, key heads, S, width]`, with whatever a cache holds.
         value: Like the keys.
-        attention_mask: Bool, True where seen, or float, added: `[B or 1, 1, S_q, ≥ S]`; or None.
+        attention_mask: Bool, True where seen, or float, added: `[B or 1, 1, S_q, S]`; or None.
         **kwargs: For the attention function; `position_bias [1, heads, S_q, S]` gets zeros for the
             prefix.
 
@@ -137,8 +137,7 @@ def prefix_attention(
     length, tokens = prefix_key.shape[1], key.shape[2]
     mask = attention_mask
     if mask is not None:
-        # A static cache may come with a longer mask.
-        mask = F.pad(mask[..., :tokens], (length, 0), value=1 if mask.dtype == torch.bool else 0)
+        mask = F.pad(mask, (length, 0), value=1 if mask.dtype == torch.bool else 0)
     elif implementation == "sdpa" and query.shape[2] > 1 and _is_causal(module, kwargs):
         mask = _causal_mask(query.shape[2], tokens, length, query.device)
     if (bias := kwargs.get("position_bias")) is not None:

@@ -2,7 +2,7 @@
 """The attention layers of a model, by what they attend to.
 
 T5 and its relatives, and models whose attention layers have `k_proj` and `v_proj` (Llama, Mistral,
-Qwen, Gemma and others).
+Qwen, Gemma, BART and others).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 PLACES = ("encoder", "decoder", "cross")
+_CROSS = ("EncDecAttention", "encoder_attn")
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ def attention_sites(model: Any, places: Sequence[str] | None = None) -> list[Att
 def _site(name: str, module: Any) -> AttentionSite | None:
     if hasattr(module, "key_value_proj_dim"):
         width, keys = module.key_value_proj_dim, module.k
-        place = "decoder" if module.is_decoder else "encoder"
-        place = "cross" if name.endswith("EncDecAttention") else place
     elif hasattr(module, "k_proj") and hasattr(module, "v_proj") and hasattr(module, "head_dim"):
-        width, keys, place = module.head_dim, module.k_proj, "decoder"
+        width, keys = module.head_dim, module.k_proj
     else:
         return None
+    *owners, last = name.split(".")
+    place = "encoder" if "encoder" in owners else "decoder"
+    place = "cross" if last in _CROSS else place
     return AttentionSite(name, place, module, keys.out_features // width, width, keys.weight)
