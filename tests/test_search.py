@@ -140,14 +140,28 @@ def test_bi_level_takes_the_gradient_of_the_architecture_from_its_own_data(accum
     for name in plain.keys() - names:
         torch.testing.assert_close(found[name], plain[name])
     assert not any(torch.allclose(found[name], plain[name]) for name in names)
-    if accumulation == 1:  # one batch of all rows
-        model = copy.deepcopy(both).train()
-        model.zero_grad()
-        model.search_at(0.0)
-        batch = {n: torch.tensor([row[n] for row in own]) for n in own[0]}
-        model(**batch).loss.backward()
-        expected = {n: p.grad for n, p in model.named_parameters() if n in names}
-        torch.testing.assert_close({n: found[n] for n in names}, expected)
+    model = copy.deepcopy(both).train()
+    model.zero_grad()
+    model.search_at(0.0)
+    trainer = trainer_of(searched(), tmp_path, own=own, **options)
+    for trainer.backward_passes in range(accumulation):
+        (model(**trainer.architecture_batch()).loss / accumulation).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if n in names}
+    torch.testing.assert_close({n: found[n] for n in names}, expected)
+
+
+def test_every_pass_draws_rows_of_its_own(tmp_path):
+    trainer = trainer_of(
+        searched(), tmp_path, own=dataset(seed=2), gradient_accumulation_steps=2,
+        per_device_train_batch_size=3,
+    )  # fmt: skip
+    drawn = {}
+    for trainer.state.global_step in range(4):
+        for trainer.backward_passes in range(2):
+            first, again = trainer.architecture_batch(), trainer.architecture_batch()
+            assert first["labels"].shape[0] == 3 and torch.equal(first["labels"], again["labels"])
+            drawn[tuple(map(tuple, first["labels"].tolist()))] = True
+    assert len(drawn) == 8
 
 
 def test_only_what_is_searched(tmp_path):

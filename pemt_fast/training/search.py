@@ -45,6 +45,7 @@ class SearchTrainer(AdapterTrainer):
             )
         self.searched: PemlModel = model
         self.architecture_dataset = architecture_dataset
+        self.backward_passes = 0  # of the step so far: more than one with accumulation
         self.add_callback(_Schedule(self))
 
     @property
@@ -73,8 +74,8 @@ class SearchTrainer(AdapterTrainer):
         parameters = self.searched.router_parameters()
         before = [None if p.grad is None else p.grad.clone() for p in parameters]
         loss = super().training_step(model, inputs, *args, **kwargs)
-        model.train()
-        batch = self._prepare_inputs(self._architecture_batch())
+        batch = self._prepare_inputs(self.architecture_batch())
+        self.backward_passes += 1
         with self.compute_loss_context_manager():
             own: Any = self.compute_loss(model, batch)
         own = own / self.args.gradient_accumulation_steps
@@ -84,10 +85,12 @@ class SearchTrainer(AdapterTrainer):
             parameter.grad = grad if old is None else old + grad
         return loss
 
-    def _architecture_batch(self) -> dict[str, Any]:
+    def architecture_batch(self) -> dict[str, Any]:
         """Drawn by the step alone: a resumed search sees what it would have seen."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        generator = torch.Generator().manual_seed(1_000_003 * seed + self.state.global_step)
+        passes = self.args.gradient_accumulation_steps
+        number = self.state.global_step * passes + self.backward_passes
+        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
         size = min(self.args.train_batch_size, len(self.architecture_dataset))
         chosen = torch.randperm(len(self.architecture_dataset), generator=generator)[:size]
         rows = [self.architecture_dataset[i] for i in chosen.tolist()]
@@ -103,3 +106,4 @@ class _Schedule(TrainerCallback):
         """The first step is at 0, the last at 1."""
         progress = state.global_step / max(state.max_steps - 1, 1)
         self.trainer.searched.search_at(min(progress, 1.0))
+        self.trainer.backward_passes = 0
