@@ -59,14 +59,19 @@ class Logits(nn.Module):
 
     def weights(self) -> Tensor:
         """`softmax(α / τ)`, at least float32."""
-        wide = self.alpha if self.alpha.dtype == torch.float64 else self.alpha.float()
-        return torch.softmax(wide / self.schedule.temperature, -1)
+        return torch.softmax(self._scaled(), -1)
 
     def entropy(self) -> Tensor:
         """Mean over the cells, as a part of its largest value."""
-        weights = self.weights()
-        entropy = torch.special.entr(weights).sum(-1).mean()
-        return entropy / math.log(max(weights.shape[-1], 2))
+        # Of logarithms, not of the weights: where one has underflowed to 0 the gradient of
+        # `torch.special.entr` is not a number.
+        logs = torch.log_softmax(self._scaled(), -1)
+        entropy = -(logs.exp() * logs).sum(-1).mean()
+        return entropy / math.log(max(logs.shape[-1], 2))
+
+    def _scaled(self) -> Tensor:
+        wide = self.alpha if self.alpha.dtype == torch.float64 else self.alpha.float()
+        return wide / self.schedule.temperature
 
     def decided(self, operators: Sequence[str]) -> tuple[str, ...]:
         """The operator of each cell with the largest weight; `none` only where there is no other.
