@@ -77,7 +77,7 @@ class Linear(Operator):
 
 
 class LowRank(Operator):
-    """`h·Aᵀ·B`."""
+    """`h·Aᵀ·Bᵀ`, A `[rank, C]`."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__(width, rank)
@@ -134,9 +134,40 @@ class Convolution(Operator):
         return F.conv1d(h.t().unsqueeze(0), self.w, self.b, padding=self.kernel // 2)[0].t()
 
 
-def _variant(base: type[Operator], **attributes: object) -> type[Operator]:
-    name = base.__name__ + "".join(str(value).capitalize() for value in attributes.values())
-    return type(name, (base,), {**attributes, "__doc__": base.__doc__, "__module__": __name__})
+class MlpRelu(Mlp):
+    """As `Mlp`."""
+
+    activation = "relu"
+
+
+class MlpGelu(Mlp):
+    """As `Mlp`."""
+
+    activation = "gelu"
+
+
+class MlpSilu(Mlp):
+    """As `Mlp`."""
+
+    activation = "silu"
+
+
+class MlpTanh(Mlp):
+    """As `Mlp`."""
+
+    activation = "tanh"
+
+
+class Convolution3(Convolution):
+    """Over 3 positions."""
+
+    kernel = 3
+
+
+class Convolution5(Convolution):
+    """Over 5 positions."""
+
+    kernel = 5
 
 
 OPERATORS: dict[str, type[Operator]] = {
@@ -145,7 +176,11 @@ OPERATORS: dict[str, type[Operator]] = {
     "linear": Linear,
     "low_rank": LowRank,
     "gated": Gated,
-    **{f"mlp_{name}": _variant(Mlp, activation=name) for name in _ACTIVATIONS},
-    **{f"conv{size}": _variant(Convolution, kernel=size) for size in (3, 5)},
+    "mlp_relu": MlpRelu,
+    "mlp_gelu": MlpGelu,
+    "mlp_silu": MlpSilu,
+    "mlp_tanh": MlpTanh,
+    "conv3": Convolution3,
+    "conv5": Convolution5,
     "none": Nothing,  # last: the first one is taken where nothing has been decided
 }
