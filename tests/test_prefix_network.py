@@ -1,0 +1,356 @@
+"""Operators by hand, the mixture, its schedule, and searches that have to find a planted one."""
+
+import functools
+import math
+import pickle
+
+import pytest
+import torch
+
+from pemt_fast.nn.prefix_network import (
+    ConstantPrefix,
+    Logits,
+    MixedCell,
+    PrefixNetwork,
+    SearchedPrefix,
+    SearchSchedule,
+)
+from pemt_fast.nn.prefix_operators import OPERATORS
+
+ALL = tuple(OPERATORS)
+WIDTH, RANK, OUT = 6, 2, 10
+FLOAT64 = {"rtol": 1e-12, "atol": 1e-13}
+every_operator = pytest.mark.parametrize("name", ALL)
+
+
+def made(name, *, width=WIDTH, rank=RANK):
+    """An operator in float64 whose biases matter too."""
+    operator = OPERATORS[name](width, rank).double()
+    with torch.no_grad():
+        for parameter in operator.parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64))
+    return operator
+
+
+def rows(length, width=WIDTH):
+    return torch.randn(length, width, dtype=torch.float64)
+
+
+# --- operators -----------------------------------------------------------------------------------
+
+
+def affine(h, w, b):
+    return torch.einsum("pi,oi->po", h, w) + b
+
+
+def mlp(activation):
+    return lambda op, h, seed: affine(activation(affine(h, op.w1, op.b1)), op.w2, op.b2)
+
+
+def gated_by_hand(op, h, seed):
+    value, gate = (affine(h, op.w[part], op.b[part]) for part in (slice(WIDTH), slice(WIDTH, None)))
+    return value / (1 + torch.exp(-gate))
+
+
+def convolution_by_hand(op, h, seed):
+    half = op.w.shape[-1] // 2
+    out = op.b.repeat(len(h), 1)
+    for position in range(len(h)):
+        for offset in range(-half, half + 1):
+            if 0 <= position + offset < len(h):
+                out[position] += op.w[:, :, offset + half] @ h[position + offset]
+    return out
+
+
+BY_HAND = {
+    "identity": lambda op, h, seed: h,
+    "skip": lambda op, h, seed: seed,
+    "linear": lambda op, h, seed: affine(h, op.w, op.b),
+    "low_rank": lambda op, h, seed: torch.einsum("pi,ri,or->po", h, op.a, op.b),
+    "gated": gated_by_hand,
+    "mlp_relu": mlp(lambda x: x * (x > 0)),
+    "mlp_gelu": mlp(lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2),
+    "mlp_silu": mlp(lambda x: x / (1 + torch.exp(-x))),
+    "mlp_tanh": mlp(lambda x: 1 - 2 / (torch.exp(2 * x) + 1)),
+    "conv3": convolution_by_hand,
+    "conv5": convolution_by_hand,
+    "none": lambda op, h, seed: torch.zeros(h.shape, dtype=h.dtype),
+}
+
+
+@every_operator
+@pytest.mark.parametrize("length", [1, 4, 9], ids="P{}".format)  # 1 and 4: less than conv5 sees
+def test_operator_is_its_formula(name, length):
+    operator, h, seed = made(name), rows(length), rows(length)
+    with torch.no_grad():
+        found, expected = operator(h, seed), BY_HAND[name](operator, h, seed)
+    assert found.shape == (length, WIDTH)
+    torch.testing.assert_close(found, expected, **FLOAT64)
+
+
+@every_operator
+def test_an_operator_can_be_pickled(name):
+    operator, h, seed = made(name), rows(4), rows(4)
+    again = pickle.loads(pickle.dumps(operator))
+    assert torch.equal(again(h, seed), operator(h, seed))
+
+
+@pytest.mark.parametrize(("name", "reach"), [("conv3", 1), ("conv5", 2)])
+def test_a_convolution_sees_its_neighbours_and_no_more(name, reach):
+    operator, h = made(name), rows(9).requires_grad_()
+    (seen,) = torch.autograd.grad(operator(h, h.detach())[4].sum(), h)
+    positions = seen.abs().sum(-1).nonzero().flatten().tolist()
+    assert positions == list(range(4 - reach, 4 + reach + 1))
+
+
+WIDE, MANY = 64, 256
+LINEAR_PARTS = {
+    **{
+        name: lambda op, h: [op(h, torch.zeros_like(h))]
+        for name in ("linear", "low_rank", "conv3", "conv5")
+    },
+    "gated": lambda op, h: [h @ w.t() for w in op.w.chunk(2)],
+    **{
+        f"mlp_{name}": lambda op, h: [h @ op.w1.t(), h @ op.w2.t()]
+        for name in ("relu", "gelu", "silu", "tanh")
+    },
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_PARTS)
+def test_linear_parts_start_with_the_variance_of_their_input(name):
+    operator, h = OPERATORS[name](WIDE, 32), 3 * torch.randn(MANY, WIDE)
+    for part in LINEAR_PARTS[name](operator, h):
+        ratio = float(part.detach().var() / h.var())
+        assert 0.85 < ratio < 1.15  # measured: 0.97 to 1.04
+    biases = [p for key, p in operator.named_parameters() if p.ndim == 1 and key.startswith("b")]
+    assert len(biases) == (0 if name == "low_rank" else 2 if name.startswith("mlp") else 1)
+    assert not any(bias.any() for bias in biases)
+
+
+# --- the mixture and what steers it --------------------------------------------------------------
+
+
+def test_a_mixed_cell_is_the_weighted_sum_of_all_operators():
+    cell, h, seed = MixedCell(ALL, WIDTH, RANK).double(), rows(7), rows(7)
+    weights = torch.randn(len(ALL), dtype=torch.float64).softmax(0)
+    expected = sum(
+        weight * BY_HAND[name](cell.operators[name], h, seed)
+        for name, weight in zip(ALL, weights, strict=True)
+    )
+    torch.testing.assert_close(cell(h, seed, weights), expected, **FLOAT64)
+
+
+def test_a_network_is_a_chain_of_cells_and_a_projection():
+    schedule = SearchSchedule((2.0, 0.5), 0.3)
+    logits = Logits(2, len(ALL), schedule)
+    network = PrefixNetwork(ALL, None, 2, WIDTH, RANK, OUT, out_std=1.0, logits=logits).double()
+    seed = rows(7)
+    with torch.no_grad():
+        logits.alpha.normal_()
+    schedule.at(0.25)
+    h = seed
+    for cell, alpha in zip(network.cells, logits.alpha, strict=True):
+        h = cell(h, seed, (alpha / (2.0 ** (1 - 2 * 0.25))).softmax(0))
+    # The temperature is a float32 number at the moment it is set.
+    torch.testing.assert_close(network(seed), h @ network.out.t(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("progress", "temperature", "entropy_weight"),
+    [(0.0, 4.0, 0.0), (0.25, 2.0, 0.05), (0.5, 1.0, 0.1), (1.0, 0.25, 0.2)],
+)
+def test_temperature_falls_by_a_factor_and_entropy_weight_rises_by_a_sum(
+    progress, temperature, entropy_weight
+):
+    schedule = SearchSchedule((4.0, 0.25), 0.2)
+    schedule.at(progress)
+    assert float(schedule.temperature) == pytest.approx(temperature, rel=1e-6)
+    assert float(schedule.entropy_weight) == pytest.approx(entropy_weight, rel=1e-6)
+
+
+def test_a_schedule_starts_at_its_start_and_is_not_saved():
+    schedule = SearchSchedule((4.0, 0.25), 0.2)
+    assert (float(schedule.temperature), float(schedule.entropy_weight)) == (4.0, 0.0)
+    assert not schedule.state_dict()
+    assert list(Logits(2, 3, schedule).state_dict()) == ["alpha"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2],
+    ids=str,
+)
+def test_weights_are_a_softmax_in_float32_or_more(dtype, wide):
+    logits = Logits(2, 5, SearchSchedule((0.5, 0.5), 0.0))
+    assert torch.equal(logits.weights(), torch.full((2, 5), 0.2))
+    logits.alpha = torch.nn.Parameter(torch.randn(2, 5).to(dtype))
+    powers = torch.exp(logits.alpha.detach().double() / 0.5)
+    assert logits.weights().dtype == wide
+    expected = (powers / powers.sum(-1, keepdim=True)).to(wide)
+    torch.testing.assert_close(logits.weights().detach(), expected)
+
+
+def test_entropy_is_a_part_of_its_largest_value():
+    logits = Logits(2, len(ALL), SearchSchedule((1.0, 0.1), 0.1))
+    assert logits.entropy().item() == pytest.approx(1.0, abs=1e-6)
+    with torch.no_grad():
+        logits.alpha[0, 3] = 200.0
+    assert logits.entropy().item() == pytest.approx(0.5, abs=1e-6)
+    with torch.no_grad():
+        logits.alpha[1, 0] = 200.0
+    assert logits.entropy().item() == 0.0
+    assert Logits(1, 1, logits.schedule).entropy().item() == 0.0
+
+
+def test_a_decided_cell_has_a_gradient():
+    """The others' weights underflow to 0 at α / τ apart by more than 104."""
+    logits = Logits(1, 3, SearchSchedule((1.0, 0.1), 0.1))
+    with torch.no_grad():
+        logits.alpha[0, 0] = 11.0
+    logits.schedule.at(1.0)
+    logits.entropy().backward()
+    assert torch.equal(logits.alpha.grad, torch.zeros(1, 3))
+
+
+def test_none_is_decided_for_only_where_it_is_alone():
+    logits = Logits(3, 3, SearchSchedule((1.0, 0.1), 0.1))
+    with torch.no_grad():
+        logits.alpha.copy_(torch.tensor([[1.0, 2.0, 9.0], [0.0, 0.0, 0.0], [3.0, -1.0, 2.0]]))
+    before = logits.alpha.clone()
+    assert logits.decided(("skip", "linear", "none")) == ("linear", "skip", "skip")
+    assert logits.decided(("skip", "linear", "conv3")) == ("conv3", "skip", "skip")
+    assert logits.decided(("none", "linear", "conv3")) == ("conv3", "linear", "conv3")
+    assert torch.equal(logits.alpha, before)
+    assert Logits(2, 1, logits.schedule).decided(("none",)) == ("none", "none")
+
+
+@pytest.mark.parametrize("chosen", [("conv3", "skip", "gated"), ("mlp_gelu", "low_rank", "linear")])
+def test_taken_operators_are_those_of_the_searched_network(chosen):
+    logits = Logits(3, len(ALL), SearchSchedule((1e-3, 1e-3), 0.0))
+    searched = PrefixNetwork(ALL, None, 3, WIDTH, RANK, OUT, out_std=1.0, logits=logits).double()
+    with torch.no_grad():
+        for parameter in searched.parameters():
+            parameter.normal_()
+        logits.alpha.zero_()
+        for cell, name in enumerate(chosen):
+            logits.alpha[cell, ALL.index(name)] = 1.0
+    taken = PrefixNetwork(ALL, chosen, 3, WIDTH, RANK, OUT, out_std=1.0).double()
+    taken.take(searched, logits.decided(ALL))
+    seed = rows(7)
+    expected = searched(seed).detach()
+    torch.testing.assert_close(taken(seed), expected, **FLOAT64)
+    assert taken.logits is None and not any("alpha" in name for name in taken.state_dict())
+    with torch.no_grad():  # copies: what becomes of them is nothing to the searched network
+        for parameter in taken.parameters():
+            parameter.zero_()
+    assert torch.equal(searched(seed), expected)
+
+
+@pytest.mark.parametrize("std", [0.1, 2.0])
+def test_keys_and_values_start_with_their_standard_deviation(std):
+    network = PrefixNetwork((), ("identity",), 1, WIDE, RANK, MANY, out_std=std)
+    assert SearchedPrefix(network, MANY, WIDE)().std().item() == pytest.approx(std, rel=0.1)
+    assert ConstantPrefix(MANY, WIDE, std)().std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_prefixes_of_one_network_differ_by_their_seeds():
+    network = PrefixNetwork((), ("conv3",), 1, WIDTH, RANK, OUT, out_std=1.0)
+    first, second = (SearchedPrefix(network, 5, WIDTH) for _ in range(2))
+    assert first().shape == (5, OUT) and not torch.allclose(first(), second())
+    with torch.no_grad():
+        second.seed.copy_(first.seed)
+    assert torch.equal(first(), second())
+
+
+# --- planted operators ---------------------------------------------------------------------------
+
+# A teacher of one cell makes 64 rows of 16 numbers out of fixed seeds; a student with the same
+# seeds learns them while it searches. Losses are parts of the target's mean square.
+STEPS, POSITIONS, PLANTED_WIDTH, TARGETS = 400, 64, 8, 16
+PLANTED = {
+    "conv3": ALL,
+    "conv5": ALL,
+    # Among their like there is no one answer: on 64 rows they learn each other's values.
+    "gated": ("identity", "linear", "low_rank", "gated", "conv3", "none"),
+    "mlp_tanh": ("identity", "linear", "low_rank", "mlp_tanh", "conv3", "none"),
+}
+
+
+def every_planted(test):
+    seeds = pytest.mark.parametrize("seed", [0, 1, 2])
+    return pytest.mark.slow(pytest.mark.parametrize("planted", PLANTED)(seeds(test)))
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network_of(architecture, operators=(), logits=None):
+    sizes = 1, PLANTED_WIDTH, 4, TARGETS
+    return PrefixNetwork(operators, architecture, *sizes, out_std=1.0, logits=logits)
+
+
+def learn(network, seeds, target):
+    """Train; the loss afterwards."""
+
+    def loss():
+        return (network(seeds) - target).square().mean() / target.square().mean()
+
+    logits = network.logits
+    own = [] if logits is None else [logits.alpha]
+    others = [p for p in network.parameters() if not any(p is alpha for alpha in own)]
+    groups = [{"params": others, "lr": 1e-2}, {"params": own, "lr": 0.05}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    for step in range(STEPS):
+        if logits is None:
+            total = loss()
+        else:
+            logits.schedule.at(step / (STEPS - 1))
+            total = loss() + logits.schedule.entropy_weight * logits.entropy()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float(loss())
+
+
+@functools.cache
+def search(planted, seed):
+    """Seeds, target, the searched network, its operators and its loss."""
+    torch.manual_seed(1000 + seed)
+    seeds = torch.randn(POSITIONS, PLANTED_WIDTH)
+    with torch.no_grad():
+        target = network_of((planted,))(seeds)
+    torch.manual_seed(seed)
+    operators = PLANTED[planted]
+    logits = Logits(1, len(operators), SearchSchedule((1.0, 0.1), 0.1))
+    network = network_of(None, operators, logits)
+    loss = learn(network, seeds, target)
+    return seeds, target, network, logits.decided(operators), loss
+
+
+@every_planted
+def test_the_planted_operator_is_found(planted, seed, one_thread):
+    *_, found, loss = search(planted, seed)
+    assert found == (planted,)
+    assert loss < 0.03  # measured: at most 0.0205
+
+
+@every_planted
+def test_the_operator_found_learns_anew_what_the_mixture_learned(planted, seed, one_thread):
+    seeds, target, _, found, loss = search(planted, seed)
+    torch.manual_seed(seed + 50)
+    assert learn(network_of(found), seeds, target) <= loss + 0.03  # measured: at most 0.0173
+
+
+@every_planted
+def test_the_operator_found_goes_on_from_its_values(planted, seed, one_thread):
+    seeds, target, searched, found, loss = search(planted, seed)
+    taken = network_of(found)
+    taken.take(searched, found)
+    assert learn(taken, seeds, target) <= loss + 0.01  # measured: at most 0.00001
