@@ -196,6 +196,12 @@ def test_a_search_compiles_to_one_graph_for_all_its_steps(kind):
             torch.testing.assert_close(compiled(**batch).loss, expected, **CLOSE)
 
 
+def test_a_prefix_is_not_dropped_by_the_export(tmp_path):
+    with pytest.raises(ValueError, match="model must be a LoRA alone: there is no place for a pre"):
+        pemt_fast.export_peft_lora(peml(), tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 def test_unload_gives_the_untouched_model():
     plain, batch = tiny_model("t5"), tiny_inputs("t5")
     base = peml().unload()

@@ -52,9 +52,13 @@ def export_peft_lora(
         task: Number or name of the task, or `UNSEEN_TASK`; needed where the model has several.
 
     Raises:
-        ValueError: there is no such task, or the method has no adapters on linear layers.
+        ValueError: there is no such task, or the method has no adapters on linear layers, or more
+            than those.
     """
     number = model.task_number(task)
+    if getattr(model, "prefixes", dict)():
+        raise ValueError("model must be a LoRA alone: there is no place for a prefix of keys and "
+                         "values in peft's LoRA")  # fmt: skip
     if not model.adapted_layers():
         method = type(model.adapter_config).__name__
         raise ValueError(f"model must have adapters on linear layers, got one of {method}")
