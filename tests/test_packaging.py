@@ -59,7 +59,7 @@ BACKENDS = [
 ]
 
 # Loaded neither by `import pemt_fast` nor by using the operator: slow to import, or optional.
-HEAVY = {"transformers", "triton", "datasets", "sklearn", "matplotlib", "typer", "rich"}
+HEAVY = {"transformers", "triton", "datasets", "sklearn", "matplotlib", "optuna", "typer", "rich"}
 MEASURE_IMPORT = """
 import json, sys, time
 import torch
