@@ -12,13 +12,12 @@ model.merge()                                              # LoRA into the weigh
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pemt_fast.linear_model import LinearAdapterModel
-from pemt_fast.methods.peml import PemlConfig
 from pemt_fast.nn.prefix_attention import AttentionPrefix
 from pemt_fast.nn.prefix_network import (
     ConstantPrefix,
@@ -28,6 +27,9 @@ from pemt_fast.nn.prefix_network import (
     SearchSchedule,
 )
 from pemt_fast.nn.routing import RoutingState
+
+if TYPE_CHECKING:
+    from pemt_fast.methods.peml import PemlConfig
 
 
 class PemlModel(LinearAdapterModel):
@@ -93,7 +95,7 @@ class PemlModel(LinearAdapterModel):
         """
         if not self.adapter_config.searches:
             return tuple(map(tuple, self.adapter_config.architecture or ()))
-        return tuple(own.decided(self.adapter_config.operators) for own in self.logits())
+        return tuple(own.decided() for own in self.logits())
 
     @torch.no_grad()
     def architecture_weights(self) -> list[Tensor]:
@@ -116,7 +118,7 @@ class PemlModel(LinearAdapterModel):
         made: dict[int, PrefixNetwork] = {}
         for searched in self.networks():
             assert searched.logits is not None
-            cells = searched.logits.decided(config.operators)
+            cells = searched.logits.decided()
             network = config.network(searched.out.shape[0], cells, None)
             network.to(device=searched.out.device, dtype=searched.out.dtype)
             network.take(searched, cells)

@@ -143,14 +143,15 @@ def test_a_mixed_cell_is_the_weighted_sum_of_all_operators():
 
 def test_a_network_is_a_chain_of_cells_and_a_projection():
     schedule = SearchSchedule((2.0, 0.5), 0.3)
-    logits = Logits(2, len(ALL), schedule)
+    logits = Logits(2, ALL, schedule)
     network = PrefixNetwork(ALL, None, 2, WIDTH, RANK, OUT, out_std=1.0, logits=logits).double()
     seed = rows(7)
     with torch.no_grad():
         logits.alpha.normal_()
     schedule.at(0.25)
-    h = seed
-    for cell, alpha in zip(network.cells, logits.alpha, strict=True):
+    h, alphas = seed, logits.alpha.detach().clone()
+    alphas[0, ALL.index("skip")] = -torch.inf  # the identity in the first cell
+    for cell, alpha in zip(network.cells, alphas, strict=True):
         h = cell(h, seed, (alpha / (2.0 ** (1 - 2 * 0.25))).softmax(0))
     # The temperature is a float32 number at the moment it is set.
     torch.testing.assert_close(network(seed), h @ network.out.t(), rtol=1e-6, atol=1e-7)
@@ -173,7 +174,7 @@ def test_a_schedule_starts_at_its_start_and_is_not_saved():
     schedule = SearchSchedule((4.0, 0.25), 0.2)
     assert (float(schedule.temperature), float(schedule.entropy_weight)) == (4.0, 0.0)
     assert not schedule.state_dict()
-    assert list(Logits(2, 3, schedule).state_dict()) == ["alpha"]
+    assert list(Logits(2, ALL, schedule).state_dict()) == ["alpha"]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_a_schedule_starts_at_its_start_and_is_not_saved():
     ids=str,
 )
 def test_weights_are_a_softmax_in_float32_or_more(dtype, wide):
-    logits = Logits(2, 5, SearchSchedule((0.5, 0.5), 0.0))
+    logits = Logits(2, ALL[2:7], SearchSchedule((0.5, 0.5), 0.0))
     assert torch.equal(logits.weights(), torch.full((2, 5), 0.2))
     logits.alpha = torch.nn.Parameter(torch.randn(2, 5).to(dtype))
     powers = torch.exp(logits.alpha.detach().double() / 0.5)
@@ -192,7 +193,7 @@ def test_weights_are_a_softmax_in_float32_or_more(dtype, wide):
 
 
 def test_entropy_is_a_part_of_its_largest_value():
-    logits = Logits(2, len(ALL), SearchSchedule((1.0, 0.1), 0.1))
+    logits = Logits(2, ALL, SearchSchedule((1.0, 0.1), 0.1))
     assert logits.entropy().item() == pytest.approx(1.0, abs=1e-6)
     with torch.no_grad():
         logits.alpha[0, 3] = 200.0
@@ -200,12 +201,12 @@ def test_entropy_is_a_part_of_its_largest_value():
     with torch.no_grad():
         logits.alpha[1, 0] = 200.0
     assert logits.entropy().item() == 0.0
-    assert Logits(1, 1, logits.schedule).entropy().item() == 0.0
+    assert Logits(1, ("linear",), logits.schedule).entropy().item() == 0.0
 
 
 def test_a_decided_cell_has_a_gradient():
     """The others' weights underflow to 0 at α / τ apart by more than 104."""
-    logits = Logits(1, 3, SearchSchedule((1.0, 0.1), 0.1))
+    logits = Logits(1, ALL[2:5], SearchSchedule((1.0, 0.1), 0.1))
     with torch.no_grad():
         logits.alpha[0, 0] = 11.0
     logits.schedule.at(1.0)
@@ -214,20 +215,40 @@ def test_a_decided_cell_has_a_gradient():
 
 
 def test_none_is_decided_for_only_where_it_is_alone():
-    logits = Logits(3, 3, SearchSchedule((1.0, 0.1), 0.1))
+    alpha = torch.tensor([[1.0, 2.0, 9.0], [0.0, 0.0, 0.0], [3.0, -1.0, 2.0]])
+    schedule = SearchSchedule((1.0, 0.1), 0.1)
+
+    def decided(*operators):
+        logits = Logits(3, operators, schedule)
+        logits.alpha = torch.nn.Parameter(alpha.clone())
+        found = logits.decided()
+        assert torch.equal(logits.alpha, alpha)
+        return found
+
+    assert decided("skip", "linear", "none") == ("linear", "skip", "skip")
+    assert decided("skip", "linear", "conv3") == ("conv3", "skip", "skip")
+    assert decided("none", "linear", "conv3") == ("conv3", "linear", "conv3")
+    assert Logits(2, ("none",), schedule).decided() == ("none", "none")
+
+
+def test_skip_is_closed_where_it_is_the_identity():
+    schedule = SearchSchedule((1.0, 0.1), 0.1)
+    logits = Logits(2, ("skip", "identity", "linear"), schedule)
     with torch.no_grad():
-        logits.alpha.copy_(torch.tensor([[1.0, 2.0, 9.0], [0.0, 0.0, 0.0], [3.0, -1.0, 2.0]]))
-    before = logits.alpha.clone()
-    assert logits.decided(("skip", "linear", "none")) == ("linear", "skip", "skip")
-    assert logits.decided(("skip", "linear", "conv3")) == ("conv3", "skip", "skip")
-    assert logits.decided(("none", "linear", "conv3")) == ("conv3", "linear", "conv3")
-    assert torch.equal(logits.alpha, before)
-    assert Logits(2, 1, logits.schedule).decided(("none",)) == ("none", "none")
+        logits.alpha[:, 0] = 5.0
+    assert logits.decided() == ("identity", "skip")
+    torch.testing.assert_close(logits.weights()[0].detach(), torch.tensor([0.0, 0.5, 0.5]))
+    assert logits.weights()[1, 0] > 0.9
+    logits.entropy().backward()
+    assert bool(logits.alpha.grad.isfinite().all()) and logits.alpha.grad[0, 0] == 0
+    alone = Logits(1, ("skip", "linear"), schedule)
+    assert alone.decided() == ("skip",)
+    torch.testing.assert_close(alone.weights().detach(), torch.tensor([[0.5, 0.5]]))
 
 
 @pytest.mark.parametrize("chosen", [("conv3", "skip", "gated"), ("mlp_gelu", "low_rank", "linear")])
 def test_taken_operators_are_those_of_the_searched_network(chosen):
-    logits = Logits(3, len(ALL), SearchSchedule((1e-3, 1e-3), 0.0))
+    logits = Logits(3, ALL, SearchSchedule((1e-3, 1e-3), 0.0))
     searched = PrefixNetwork(ALL, None, 3, WIDTH, RANK, OUT, out_std=1.0, logits=logits).double()
     with torch.no_grad():
         for parameter in searched.parameters():
@@ -236,7 +257,7 @@ def test_taken_operators_are_those_of_the_searched_network(chosen):
         for cell, name in enumerate(chosen):
             logits.alpha[cell, ALL.index(name)] = 1.0
     taken = PrefixNetwork(ALL, chosen, 3, WIDTH, RANK, OUT, out_std=1.0).double()
-    taken.take(searched, logits.decided(ALL))
+    taken.take(searched, logits.decided())
     seed = rows(7)
     expected = searched(seed).detach()
     torch.testing.assert_close(taken(seed), expected, **FLOAT64)
@@ -328,10 +349,10 @@ def search(planted, seed):
         target = network_of((planted,))(seeds)
     torch.manual_seed(seed)
     operators = PLANTED[planted]
-    logits = Logits(1, len(operators), SearchSchedule((1.0, 0.1), 0.1))
+    logits = Logits(1, operators, SearchSchedule((1.0, 0.1), 0.1))
     network = network_of(None, operators, logits)
     loss = learn(network, seeds, target)
-    return seeds, target, network, logits.decided(operators), loss
+    return seeds, target, network, logits.decided(), loss
 
 
 @every_planted

@@ -205,7 +205,7 @@ class PemlConfig(LoraConfig):
     def _logits(self, schedule: SearchSchedule) -> Logits | None:
         if not self.searches:
             return None
-        return Logits(self.prefix_depth, len(self.operators), schedule)
+        return Logits(self.prefix_depth, self.operators, schedule)
 
 
 def _require_known(

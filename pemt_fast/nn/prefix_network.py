@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from pemt_fast.nn.prefix_operators import OPERATORS
 
+# The logit of what cannot be chosen; finite, so that 0 times its logarithm is 0.
+_CLOSED = -1e4
+
 
 class SearchSchedule(nn.Module):
     """Temperature and entropy weight of the moment, shared by all cells; not part of a checkpoint.
@@ -50,12 +53,22 @@ class SearchSchedule(nn.Module):
 
 
 class Logits(nn.Module):
-    """`α [L, operators]` of one network, or of all that share their architecture."""
+    """`α [L, operators]` of one network, or of all that share their architecture.
 
-    def __init__(self, depth: int, num_operators: int, schedule: SearchSchedule) -> None:
+    In the first cell `skip` is `identity`: where there is both it has no weight.
+    """
+
+    closed: Tensor
+
+    def __init__(self, depth: int, operators: Sequence[str], schedule: SearchSchedule) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(depth, num_operators))
+        self.alpha = nn.Parameter(torch.zeros(depth, len(operators)))
+        self.operators = tuple(operators)
         self.schedule = schedule
+        closed = torch.zeros(depth, len(operators), dtype=torch.bool)
+        if {"identity", "skip"} <= set(operators):
+            closed[0, self.operators.index("skip")] = True
+        self.register_buffer("closed", closed, persistent=False)
 
     def weights(self) -> Tensor:
         """`softmax(α / τ)`, at least float32."""
@@ -66,22 +79,22 @@ class Logits(nn.Module):
         # Of logarithms, not of the weights: where one has underflowed to 0 the gradient of
         # `torch.special.entr` is not a number.
         logs = torch.log_softmax(self._scaled(), -1)
-        entropy = -(logs.exp() * logs).sum(-1).mean()
-        return entropy / math.log(max(logs.shape[-1], 2))
+        most = (~self.closed).sum(-1).clamp_min(2).to(logs.dtype).log()
+        return (-(logs.exp() * logs).sum(-1) / most).mean()
 
     def _scaled(self) -> Tensor:
         wide = self.alpha if self.alpha.dtype == torch.float64 else self.alpha.float()
-        return wide / self.schedule.temperature
+        return (wide / self.schedule.temperature).masked_fill(self.closed, _CLOSED)
 
-    def decided(self, operators: Sequence[str]) -> tuple[str, ...]:
+    def decided(self) -> tuple[str, ...]:
         """The operator of each cell with the largest weight; `none` only where there is no other.
 
         What `none` takes the others can make up for by larger values, so its weight says little.
         """
-        alpha = self.alpha.detach().clone()
-        if "none" in operators and len(operators) > 1:
-            alpha[:, operators.index("none")] = -math.inf
-        return tuple(operators[i] for i in alpha.argmax(-1).tolist())
+        alpha = self.alpha.detach().masked_fill(self.closed, -math.inf)
+        if "none" in self.operators and len(self.operators) > 1:
+            alpha[:, self.operators.index("none")] = -math.inf
+        return tuple(self.operators[i] for i in alpha.argmax(-1).tolist())
 
 
 class MixedCell(nn.Module):
