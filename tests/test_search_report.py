@@ -14,18 +14,15 @@ from matplotlib.lines import Line2D
 import pemt_fast
 from pemt_fast.methods.peml import SHARING
 from pemt_fast.nn.prefix_operators import OPERATORS
-from pemt_fast.training import search_report
-from pemt_fast.training.search_report import (
+from pemt_fast.training import search_pictures
+from pemt_fast.training.search_pictures import (
     STYLES,
-    describe,
     entropies,
     layer_label,
-    markdown,
-    networks,
     save_architecture,
     save_weights,
-    write_search,
 )
+from pemt_fast.training.search_report import describe, markdown, networks, write_search
 
 OPERATOR_NAMES = ("skip", "gated", "conv3", "none")
 DEPTH = 2
@@ -97,9 +94,9 @@ def shows(image, color):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures as they are before they are saved, by the name of their file."""
-    saved, save = {}, search_report._save
+    saved, save = {}, search_pictures._save
     monkeypatch.setattr(
-        search_report,
+        search_pictures,
         "_save",
         lambda figure, path: (saved.__setitem__(str(path), figure), save(figure, path)),
     )
