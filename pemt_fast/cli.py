@@ -196,7 +196,10 @@ def multitask(
     out: Annotated[Path, typer.Option(help="Where runs go; finished ones are skipped.")],
     tasks: Annotated[str, typer.Option(help="Tasks trained together, comma separated.")],
     methods: Annotated[
-        str, typer.Option(help="Comma separated.")
+        str,
+        typer.Option(
+            help="Comma separated; also mtl_lora, multi_lora, prompt_tuning, lora_prefix, peml."
+        ),
     ] = "lora,moe_lora,poly,mhr,c_poly",
     data: Annotated[
         Path | None, typer.Option(help="Folder of JSONL data sets; none: the hub.")
@@ -218,7 +221,7 @@ def multitask(
     data_seed: Annotated[int, typer.Option(help="Of the splits.")] = 42,
     bf16: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
 ) -> None:
-    """Compare C-Poly, Poly, MHR and LoRA mixtures on several tasks, at equal size."""
+    """Compare C-Poly, PEML, LoRA mixtures and others on several tasks, at equal size."""
     from pemt_fast.methods.linear_config import ALL_LINEAR
     from pemt_fast.training.multi_task import MultiTaskRequest, run_multi_task
     from pemt_fast.training.multi_task_report import table

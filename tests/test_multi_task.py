@@ -18,10 +18,11 @@ from pemt_fast.training.multi_task import (
     _encode,
     _load,
     allocation,
-    config_of,
     load_backbone,
     train_mixture,
 )
+from pemt_fast.training.multi_task_methods import METHODS as ALL_METHODS
+from pemt_fast.training.multi_task_methods import config_of, sized, trained
 from pemt_fast.training.multi_task_report import majority, most_decided, table
 from pemt_fast.training.options import TrainOptions
 from pemt_fast.training.stages import Backbone, TaskData
@@ -229,7 +230,7 @@ def test_all_linear_layers_and_one_seed(folder, tmp_path):
     assert "over 1 seeds" not in (tmp_path / "summary.md").read_text()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in ALL_METHODS if m != "prompt_tuning"])
 def test_the_scale_is_one_for_all(method):
     config = config_of(method, TASKS, 40)
     assert config.scale == 1.0 and config.tasks == TASKS
@@ -251,6 +252,66 @@ def test_the_allocation_is_the_mean_over_splits(folder, finished):
         weights = torch.sigmoid(layer.router.logits.detach())  # [T, P, K]
         expected = (weights / weights.sum(-1, keepdim=True)).sum(1) / 4
         torch.testing.assert_close(torch.tensor(saved[name]), expected)
+
+
+BESIDE = ("mtl_lora", "multi_lora", "prompt_tuning", "lora_prefix", "peml")
+
+
+@pytest.fixture(scope="module")
+def compared(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compared")
+    changes = {"--methods": ",".join(("lora", *BESIDE)), "--units": 100, "--seeds": 1, "--steps": 4}
+    assert run_cli(*command(folder, out, **changes)) == 0
+    return out
+
+
+def test_what_peml_is_compared_with_has_the_size_of_lora(folder, compared):
+    runs = json.loads((compared / "summary.json").read_text())["runs"]
+    counts = {method: found[0]["trainable_parameters"] for method, found in runs.items()}
+    prompt = counts.pop("prompt_tuning")
+    assert all(abs(count / counts["lora"] - 1) < 0.02 for count in counts.values()), counts
+    assert prompt == 100 * 32 < counts["lora"]  # positions times d_model: as published
+    for method in BESIDE:
+        saved = pemt_fast.load(
+            AutoModelForSeq2SeqLM.from_pretrained(folder / "t5"), compared / method / "seed1"
+        )
+        assert saved.count_parameters()[0] == runs[method][0]["trainable_parameters"]
+        config = saved.adapter_config
+        assert method == "prompt_tuning" or config.alpha == config.r
+    rates = {m: found[0]["request"]["options"]["learning_rate"] for m, found in runs.items()}
+    assert rates.pop("prompt_tuning") == 0.3 and set(rates.values()) == {1e-3}
+
+
+def test_peml_is_searched_and_then_trained_anew(folder, compared):
+    run = json.loads((compared / "peml" / "seed1" / "results.json").read_text())
+    search = run["search"]
+    t5 = AutoModelForSeq2SeqLM.from_pretrained(folder / "t5")
+    model = pemt_fast.load(t5, compared / "peml" / "seed1")
+    assert [list(cells) for cells in model.architecture()] == search["architecture"]
+    assert not model.adapter_config.searches and run["request"]["config"]["architecture"] is None
+    assert search["steps"] == run["steps"] == 4 and search["seconds"] > 0
+    assert search["trainable_parameters"] > run["trainable_parameters"]
+    report = json.loads((compared / "peml" / "seed1" / "search" / "search.json").read_text())
+    assert report["architecture"] == search["architecture"]
+    text = (compared / "summary.md").read_text()
+    assert "| seconds of the search |  |  |  | – | – | – | – | – | " in text
+
+
+def test_a_size_that_no_rank_reaches(folder, tmp_path, capsys):
+    changes = {"--methods": "peml", "--units": 10}
+    assert run_cli(*command(folder, tmp_path, **changes)) == 1
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert "units must be larger for peml: rank 1 trains" in error
+
+
+@pytest.mark.parametrize("budget", [3000, 3300, 9000])
+def test_the_rank_is_the_nearest(folder, budget):
+    t5 = AutoModelForSeq2SeqLM.from_pretrained(folder / "t5")
+    config = config_of("multi_lora", TASKS, 4)
+    found = sized(config, t5, budget)
+    sizes = {r: trained(dataclasses.replace(config, r=r, alpha=r), t5) for r in range(1, 40)}
+    assert abs(sizes[found.r] - budget) == min(abs(size - budget) for size in sizes.values())
+    assert found.alpha == found.r
 
 
 def test_c_poly_has_its_published_sizes():

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pemt-fast multitask`: one model for several tasks, by several methods, at equal size.
 
-All methods get the same number of hidden units per adapted layer, the same scale α / r = 1, rates,
-batches and steps; what differs is how tasks share the units. There is no validation: the last
-weights are tested. A finished run is skipped, so the same command continues after a kill.
-`multi_task_report.py` makes the table and the picture.
+All methods get the same number of hidden units per adapted layer, or, where that is not what they
+are made of, as many trained parameters as LoRA (`multi_task_methods.py`); the same scale α / r = 1,
+rates, batches and steps. There is no validation: the last weights are tested. A finished run is
+skipped, so the same command continues after a kill. `multi_task_report.py` makes the table and the
+picture.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ import transformers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 
 from pemt_fast.attach import get_model
+from pemt_fast.attached import AttachedModel
 from pemt_fast.data import get_task, load_splits, tokenize
-from pemt_fast.linear_model import LinearAdapterModel
-from pemt_fast.methods.linear_config import LinearConfig
-from pemt_fast.methods.lora import LoraConfig, MoeLoraConfig
-from pemt_fast.methods.poly import CPolyConfig, PolyConfig
+from pemt_fast.methods.peml import PemlConfig
+from pemt_fast.methods.task_config import TaskConfig
 from pemt_fast.training.fit import (
     Rows,
     environment,
@@ -37,16 +37,22 @@ from pemt_fast.training.fit import (
     write_json,
 )
 from pemt_fast.training.metrics import compute
+from pemt_fast.training.multi_task_methods import (
+    COMMON,
+    RANK,
+    SIZED,
+    SPECIFIC,
+    config_of,
+    rate_of,
+    sized,
+    trained,
+)
 from pemt_fast.training.multi_task_report import majority, save_allocation, write_summary
 from pemt_fast.training.options import TrainOptions
+from pemt_fast.training.peml_run import search_prefix
 from pemt_fast.training.run import load_backbone
 from pemt_fast.training.stages import Backbone, TaskData
 from pemt_fast.training.trainer import AdapterTrainer
-
-# C-Poly's published sizes, and the number of skills, splits and experts of the methods beside it.
-COMMON, SPECIFIC, RANK, SKILLS = 3, 1, 2, 4
-# Small, so that the embeddings of MoE-LoRA's gate do not add much to its budget.
-EMBEDDING_WIDTH = 16
 
 
 @dataclass(frozen=True)
@@ -80,35 +86,6 @@ class MultiTaskRequest:
     limit_train: int | None = None
     limit_eval: int | None = None
     data_seed: int = 42
-
-
-def config_of(method: str, tasks: Sequence[str], units: int, **common: Any) -> LinearConfig:
-    """The config of a method with `units` hidden units per layer.
-
-    Raises:
-        ValueError: no such method, or the units cannot be shared out evenly.
-    """
-    names, count = {"task_names": tuple(tasks), **common}, len(tasks)
-
-    def share(parts: int) -> int:
-        if units % parts:
-            raise ValueError(f"units must be a multiple of {parts} for {method}, got {units}")
-        return units // parts
-
-    match method:
-        case "lora":
-            return LoraConfig(num_tasks=count, r=units, alpha=units, **names)
-        case "moe_lora":
-            share(SKILLS)
-            return MoeLoraConfig(count, SKILLS, EMBEDDING_WIDTH, r=units, alpha=units, **names)
-        case "poly" | "mhr":
-            rank, splits = share(SKILLS), SKILLS if method == "mhr" else 1
-            return PolyConfig(count, SKILLS, splits, r=rank, alpha=rank, **names)
-        case "c_poly":
-            rank = share(COMMON + SPECIFIC * count)
-            return CPolyConfig(count, COMMON, SPECIFIC, r=rank, alpha=rank, **names)
-    known = "lora, moe_lora, poly, mhr, c_poly"
-    raise ValueError(f"methods must be among {known}, got {method!r}")
 
 
 def _load(name: str, request: MultiTaskRequest) -> TaskData:
@@ -153,12 +130,13 @@ def _encode(
 def train_mixture(
     backbone: Backbone,
     tasks: Mapping[str, TaskData],
-    config: LinearConfig,
+    config: TaskConfig,
     options: TrainOptions,
     directory: str | os.PathLike[str],
     *,
     temperature: float,
     label: str,
+    budget: int | None = None,
 ) -> dict:
     """Train one model on all tasks and test it on each; skipped where it is finished already.
 
@@ -170,6 +148,8 @@ def train_mixture(
         directory: The run directory: adapters and `results.json`.
         temperature: Of the task sampling, see `TaskSampler`.
         label: What is being trained, for results.
+        budget: Choose the rank for so many trained parameters; None: that of the config. PEML
+            first searches its architecture, then trains anew with what was found.
     """
     folder = Path(directory)
     request = {
@@ -177,21 +157,29 @@ def train_mixture(
         "config": config.to_dict(), "temperature": temperature,
         "options": {k: v for k, v in asdict(options).items() if k not in ("progress", "workers")},
     }  # fmt: skip
+    if budget is not None:
+        request["budget"] = budget
     if (results := finished(folder, request)) is not None:
         return results
     tokenizer = backbone.tokenizer
     train, test = _encode(tasks, tokenizer, options)
     length = generation_length([train, *test.values()])
-    set_seed(options.seed)
-    model = get_model(backbone.make(), config)
-    try:
-        trainer = AdapterTrainer(
-            model=model,
-            args=options.arguments(folder / "checkpoints", length, evaluates=False),
-            train_dataset=cast(Any, train),
-            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
-            task_temperature=temperature,
+    arguments = options.arguments(folder / "checkpoints", length, evaluates=False)
+    data: Any = {
+        "train_dataset": train, "task_temperature": temperature,
+        "data_collator": DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+    }  # fmt: skip
+    search = None
+    if isinstance(config, PemlConfig) and config.searches:
+        config, search = search_prefix(
+            backbone, config, arguments, folder / "search", budget=budget, **data
         )
+    if budget is not None:
+        config = sized(config, backbone.make(), budget)
+    set_seed(options.seed)
+    model: Any = get_model(backbone.make(), config, tokenizer)
+    try:
+        trainer = AdapterTrainer(model=model, args=arguments, **data)
         trainer.remove_callback(transformers.PrinterCallback)
         started = time.perf_counter()
         trainer.train()
@@ -209,16 +197,18 @@ def train_mixture(
             "trainable_parameters": model.count_parameters()[0],
             "allocation": allocation(model), "request": request, "environment": environment(),
         }  # fmt: skip
+        if search is not None:
+            results["search"] = search
         return finish(folder, results)
     finally:
         model.unload()
 
 
 @torch.no_grad()
-def allocation(model: LinearAdapterModel) -> dict[str, list[list[float]]]:
+def allocation(model: AttachedModel) -> dict[str, list[list[float]]]:
     """Weight of every skill for every task by layer, mean over splits; empty without routers."""
     found = {}
-    for name, layer in model.adapted_layers().items():
+    for name, layer in model.base_model.named_modules():
         if (router := getattr(layer, "router", None)) is not None:
             table = router.table()
             found[name] = (table.mean(1) if table.dim() == 3 else table).tolist()
@@ -254,22 +244,27 @@ def run_multi_task(
     make, tokenizer = load_backbone(request.model)
     tasks = {name: _load(name, request) for name in names}
     backbone = Backbone(make, tokenizer, request.model)
-    folder = Path(directory)
+    folder, budget = Path(directory), None
+    if SIZED & configs.keys():
+        lora = config_of("lora", names, units, target_modules=request.target_modules)
+        budget = trained(lora, make())
     runs: dict[str, list[dict]] = {method: [] for method in configs}
     for seed in request.seeds:
         options = TrainOptions(**{**asdict(request.options), "seed": seed})
         for method, config in configs.items():
             report(f"{method}, seed {seed}")
+            own = replace(options, learning_rate=rate_of(method, options.learning_rate))
             runs[method].append(
                 train_mixture(
                     backbone,
                     tasks,
                     config,
-                    options,
+                    own,
                     folder / method / f"seed{seed}",
                     temperature=request.temperature,
                     label=f"{method}, seed {seed}",
-                )  # fmt: skip
+                    budget=budget if method in SIZED else None,
+                )
             )
     summary = {
         "tasks": {

@@ -54,6 +54,12 @@ def table(summary: Mapping) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
         ("seconds", "", "", "",
          *(f"{statistics.mean(run['seconds'] for run in found):.0f}" for found in runs.values())),
     ]  # fmt: skip
+    costs = [
+        [run["search"]["seconds"] for run in found if run.get("search")] for found in runs.values()
+    ]
+    if any(costs):
+        cells = (f"{statistics.mean(own):.0f}" if own else "–" for own in costs)
+        rows.append(("seconds of the search", "", "", "", *cells))
     return ("task", "train", "test", "majority", *runs), rows
 
 
