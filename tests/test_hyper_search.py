@@ -1,6 +1,7 @@
 """The search of PEML's hyper-parameters: its space, its storage, and what interruptions leave."""
 
 import json
+import logging
 import multiprocessing
 import random
 import sys
@@ -26,7 +27,8 @@ KINDS = ["study.db", "study.log"]
 
 
 def search(storage, objective=distance, trials=12, **changes) -> HyperResult:
-    arguments = {"space": SPACE, "name": "peml", "trials": trials, **changes}
+    # What would wait for ever ends with too few trials.
+    arguments = {"space": SPACE, "name": "peml", "trials": trials, "timeout": 120, **changes}
     return search_hyper_parameters(objective, storage=storage, **arguments)
 
 
@@ -185,19 +187,23 @@ def test_objective_without_a_score_is_an_error(tmp_path, score):
         search(tmp_path / "a.log", lambda values, _: score)
 
 
-def test_a_line_per_trial_and_nothing_from_optuna(tmp_path, capfd):
+def test_a_line_per_trial_and_nothing_from_optuna(tmp_path, caplog):
     lines = []
     verbosity = optuna.logging.get_verbosity()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        result = search(tmp_path / "a.log", reporting, 12, report=lines.append)
+    logging.getLogger("optuna").addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = search(tmp_path / "a.log", reporting, 12, report=lines.append)
+    finally:
+        logging.getLogger("optuna").removeHandler(caplog.handler)
     assert len(lines) == 12
     assert lines[0].startswith(f"trial 0: {result.trials[0].value:.4g} (1 of 12, best ")
     pruned = next(t for t in result.trials if t.state == "pruned")
     assert lines[pruned.number].startswith(f"trial {pruned.number}: pruned at step 10 (")
     assert f"prefix_length={pruned.values['prefix_length']}" in lines[pruned.number]
     assert optuna.logging.get_verbosity() == verbosity
-    assert "".join(capfd.readouterr()) == ""
+    assert caplog.records == []
 
 
 def test_timeout_starts_no_more_trials(tmp_path):
@@ -205,9 +211,15 @@ def test_timeout_starts_no_more_trials(tmp_path):
         time.sleep(0.1)
         return distance(values)
 
-    result = search(tmp_path / "a.log", objective, 1000, timeout=0.3)
+    result = search(tmp_path / "a.log", objective, 20, timeout=0.3)
     assert 1 <= len(done(result)) <= 4
-    assert search(tmp_path / "a.log", objective, len(done(result)), timeout=60) == result
+
+
+def test_finished_study_returns_at_once(tmp_path):
+    lines = []
+    result = search(tmp_path / "a.log", trials=2, timeout=20)
+    assert search(tmp_path / "a.log", trials=2, timeout=5, report=lines.append) == result
+    assert lines == []
 
 
 # --- storages and studies ------------------------------------------------------------------------
@@ -253,7 +265,7 @@ def test_study_that_somebody_else_made_is_an_error(tmp_path):
     storage = hyper_study.open_storage(tmp_path / "a.log")
     optuna.create_study(storage=storage, study_name="peml").ask()
     with pytest.raises(ValueError, match="'peml' is another"):
-        search(tmp_path / "a.log")
+        search(tmp_path / "a.log", timeout=1)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +386,16 @@ def test_trial_of_a_dead_worker_runs_again_first(tmp_path, file):
     assert calls[0] == values and len(calls) == 4
     assert lines[0] == "trial 0 gave no sign of life any more: it runs again"
     assert done(result) == done(search(tmp_path / "straight.log", trials=4))
+
+
+def test_values_of_a_dead_worker_are_kept_whatever_has_finished_since(tmp_path):
+    study = hyper_study.open_study(tmp_path / "a.log", "peml", SPACE, 0, True)
+    # Not what the sampler draws now.
+    study.enqueue_trial({"learning_rate": 1.25e-3, "r": 16})
+    values = leave_running(tmp_path / "a.log", 1.0)
+    calls = []
+    search(tmp_path / "a.log", lambda v, _: calls.append(v) or distance(v), 2)
+    assert calls[0] == values and values["learning_rate"] == 1.25e-3
 
 
 @pytest.mark.parametrize("sign", ["just now", "never"])
