@@ -60,11 +60,12 @@ LoRA, MoE-LoRA, Poly, MHR and C-Poly have {summary["units"]} hidden units beside
 MTL-LoRA, MultiLoRA, LoRA with a plain prefix (`lora_prefix`) and PEML have the rank at which they
 train as many parameters as LoRA; prompt tuning has its usual size and rate (0.3). α / r = 1, the
 same rates, batches and steps for all others, tasks drawn at temperature
-{summary["temperature"]:g}. Texts begin with the name of their task. Nothing was tuned per method.
+{summary["temperature"]:g}; texts begin with the name of their task. Nothing was tuned per method.
 The rate is the second one tried with LoRA and Poly's family: at 1e-2 LoRA diverged in all seeds and
 the others stayed near the majority class, which was seen on test scores. PEML searches for as many
 steps as it is trained for afterwards, anew, with the architecture that was found; its search trains
-more parameters than that, and its time is a row of its own.
+more parameters than that, and its time is a row of its own. Two runs shared the machine with each
+other and with other work: seconds are rough.
 
 {(work / "runs" / "summary.md").read_text()}
 ![allocation](multi_task_allocation.png)
