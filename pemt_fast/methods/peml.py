@@ -131,7 +131,7 @@ class PemlConfig(LoraConfig):
             if not uses_interface(site.attention):
                 raise ValueError(
                     f"{site.name} must be an attention layer that looks up its function in "
-                    f"transformers' AttentionInterface (T5: transformers 5.16 or newer), got "
+                    f"transformers' AttentionInterface (T5: transformers 5.15 or newer), got "
                     f"{type(site.attention).__name__}"
                 )
         config = replace(

@@ -162,7 +162,7 @@ def _causal_mask(queries: int, tokens: int, length: int, device: torch.device) -
 
 
 def uses_interface(attention: nn.Module) -> bool:
-    """Whether the layer looks up its attention function: T5 does from transformers 5.16 on."""
+    """Whether the layer looks up its attention function: T5 does from transformers 5.15 on."""
     forward = inspect.unwrap(type(attention).forward)
     return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
