@@ -74,7 +74,7 @@ test-sanitizers: $(READY)  ## run the tests of the C++ kernels with AddressSanit
 	export PYTHONPATH=$(SANITIZED)/lib LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
 	$(BIN)/python -P -c "import torch, pemt_fast._C as C; assert '$(SANITIZED)' in C.__file__, C" && \
-	$(BIN)/pytest --capture=sys -k "cpu or extension" $(KERNEL_TESTS) $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --capture=sys -k "cpu or extension" $(KERNEL_TESTS) $(ARGS)
 
 check: $(BUILT)  ## lint, formatting and types
 	@echo "==> ruff"
