@@ -214,3 +214,16 @@ def test_dropout_is_before_the_adapters_only(method):
     with model.disabled():
         expected = model(**inputs).logits
     torch.testing.assert_close(model(**inputs, task_ids=MIXED).logits, expected)
+
+
+@pytest.mark.parametrize("method", LAYERS)
+def test_the_bias_of_a_layer_stays(method):
+    model, inputs = adapted(method), tiny_inputs("t5")
+    base = queries(model).base
+    without = model(**inputs, task_ids=MIXED).logits
+    base.bias = torch.nn.Parameter(torch.randn(base.out_features))
+    found = model(**inputs, task_ids=MIXED).logits
+    base.register_forward_hook(lambda *_: None)  # by itself
+    expected = model(**inputs, task_ids=MIXED).logits
+    assert not torch.allclose(expected, without)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
