@@ -92,7 +92,7 @@ class Logits(nn.Module):
         What `none` takes the others can make up for by larger values, so its weight says little.
         """
         alpha = self.alpha.detach().masked_fill(self.closed, -math.inf)
-        if "none" in self.operators and len(self.operators) > 1:
+        if "none" in self.operators:
             alpha[:, self.operators.index("none")] = -math.inf
         return tuple(self.operators[i] for i in alpha.argmax(-1).tolist())
 

@@ -94,7 +94,7 @@ class Gated(Operator):
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__(width, rank)
-        self.w = nn.Parameter(torch.cat([_weight(width, width), _weight(width, width)]).detach())
+        self.w = _weight(2 * width, width)
         self.b = nn.Parameter(torch.zeros(2 * width))
 
     def forward(self, h: Tensor, seed: Tensor) -> Tensor:
