@@ -211,13 +211,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> skill_mixture_backward(
   SkillGradients found;
   if (all > 0) {
     const Tensor a = readable_skills(a_), b = readable_skills(b_);
-    Factors down(call, call.d), up(call, call.h);
-    const bool goes_back = needs[kX] || needs[kMixing] || needs[kA];
-    fill(call, a, b, scale, needs[kX] ? &down : nullptr, goes_back ? &up : nullptr);
-    if (needs[kX]) down.pack(false);
-    if (goes_back) up.pack(true);
-    const FactorGradients factors = walk_back(call, as_rows(grad_out, all, call.h), x, hidden, up,
-                                              down, needs, weight.has_value(), d_x);
+    FactorGradients factors;
+    {  // the mixed factors are freed before the gradients of the skills need memory
+      Factors down(call, call.d), up(call, call.h);
+      const bool goes_back = needs[kX] || needs[kMixing] || needs[kA];
+      fill(call, a, b, scale, needs[kX] ? &down : nullptr, goes_back ? &up : nullptr);
+      if (needs[kX]) down.pack(false);
+      if (goes_back) up.pack(true);
+      factors = walk_back(call, as_rows(grad_out, all, call.h), x, hidden, up, down, needs,
+                          weight.has_value(), d_x);
+    }
     found = call.weights.defined() ? unmixed(call, factors, a, b, scale, needs)
                                    : summed(call, factors, scale, needs);
   }

@@ -78,7 +78,9 @@ class SkillRouter(Router):
 
     def _weights(self, logits: Tensor) -> Tensor:
         chosen = torch.sigmoid(logits)
-        weights = chosen / (chosen.sum(-1, keepdim=True) + _EPS)
+        total = chosen.sum(-1, keepdim=True) + _EPS
+        # In place where autograd has not kept it: tables of many tasks are most of the memory.
+        weights = chosen / total if chosen.requires_grad else chosen.div_(total)
         return weights.squeeze(-2) if self.logits.shape[1] == 1 else weights
 
     def forward(self, task_ids: Tensor | None, rows: int, may_be_unseen: bool = True) -> Rows:
@@ -202,6 +204,4 @@ def _per_row(flags: Tensor, like: Tensor) -> Tensor:
 
 def _logistic(like: Tensor) -> Tensor:
     """Noise of the logistic distribution, `log u − log(1 − u)`."""
-    eps = torch.finfo(like.dtype).eps
-    uniform = torch.rand_like(like).clamp(eps, 1 - eps)
-    return uniform.log() - (-uniform).log1p()
+    return torch.rand_like(like).logit_(torch.finfo(like.dtype).eps)
