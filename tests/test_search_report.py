@@ -213,7 +213,7 @@ def test_one_operator_has_no_rival(tmp_path):
 def test_entropy_is_that_of_the_search():
     model, _ = searched()
     for own in model.logits():
-        torch.testing.assert_close(entropies(own.weights()).mean(), own.entropy())
+        torch.testing.assert_close(entropies(own.weights(), own.operators).mean(), own.entropy())
 
 
 def test_layer_labels():
@@ -265,7 +265,7 @@ def test_courses_are_those_of_the_history(count, operators, tmp_path, figures):
             expected = weights[:, :, cell, o].mean(1)
             torch.testing.assert_close(torch.from_numpy(line.get_ydata()), expected)
         entropy = torch.from_numpy(below.lines[0].get_ydata())
-        torch.testing.assert_close(entropy, entropies(weights[:, :, cell]).mean(1))
+        torch.testing.assert_close(entropy, entropies(weights[:, :, cell], operators).mean(1))
         banded = weights[-1, :, cell].mean(0).topk(3).indices.tolist() if count > 1 else []
         bands = {tuple(b.get_facecolor()[0, :3]): b for b in above.collections}
         assert bands.keys() == {to_rgb(STYLES[operators[o]][0]) for o in banded}

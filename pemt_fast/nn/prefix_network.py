@@ -3,13 +3,14 @@
 
 A network is a chain of cells on a trained seed, `h_0 = seed`, and a projection to keys and values:
 
-    h_l = Σ_o softmax(α_l / τ)_o·o(h_{l-1}, seed)     while it is searched
-    h_l = o_l(h_{l-1}, seed)                           afterwards, o_l = argmax_o α_lo
+    h_l = Σ_o w_lo·o(h_{l-1}, seed), w_l from softmax(α_l / τ)     while it is searched
+    h_l = o_l(h_{l-1}, seed), o_l = argmax_o α_lo                   afterwards
     [K; V] = h_L·W_outᵀ
 
-The temperature τ falls and the weight of the entropy of the softmax rises over the search, so that
-the mixture has all but decided before the argmax does. The form is that of differentiable
-architecture search (Liu et al., "DARTS", 2019); PEML's own search space is not published.
+The temperature τ falls, the weight of the entropy of the softmax rises and the share of `none`
+fades out over the search, so that the mixture has all but decided before the argmax does. The form
+is that of differentiable architecture search (Liu et al., "DARTS", 2019); PEML's own search space
+is not published.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _CLOSED = -1e4
 
 
 class SearchSchedule(nn.Module):
-    """Temperature and entropy weight of the moment, shared by all cells; not part of a checkpoint.
+    """Where the search is, for all cells; not part of a checkpoint.
 
     Args:
         temperature: At the start and at the end, between them geometric.
@@ -36,6 +37,7 @@ class SearchSchedule(nn.Module):
 
     temperature: Tensor
     entropy_weight: Tensor
+    none_share: Tensor
 
     def __init__(self, temperature: tuple[float, float], entropy_weight: float) -> None:
         super().__init__()
@@ -44,12 +46,15 @@ class SearchSchedule(nn.Module):
         # Tensors: a compiled step does not look at their values.
         self.register_buffer("temperature", torch.tensor(temperature[0]), persistent=False)
         self.register_buffer("entropy_weight", torch.tensor(0.0), persistent=False)
+        # Part of its softmax that `none` keeps: it falls from 1 to 0 in a straight line.
+        self.register_buffer("none_share", torch.tensor(1.0), persistent=False)
 
     def at(self, progress: float) -> None:
-        """Set both for a part of the search, 0 to 1."""
+        """Set all of it for a part of the search, 0 to 1."""
         first, last = self.bounds
         self.temperature.fill_(first * (last / first) ** progress)
         self.entropy_weight.fill_(self.final_entropy_weight * progress)
+        self.none_share.fill_(1 - progress)
 
 
 class Logits(nn.Module):
@@ -59,6 +64,7 @@ class Logits(nn.Module):
     """
 
     closed: Tensor
+    is_none: Tensor
 
     def __init__(self, depth: int, operators: Sequence[str], schedule: SearchSchedule) -> None:
         super().__init__()
@@ -69,17 +75,28 @@ class Logits(nn.Module):
         if {"identity", "skip"} <= set(operators):
             closed[0, self.operators.index("skip")] = True
         self.register_buffer("closed", closed, persistent=False)
+        is_none = torch.tensor([name == "none" and len(operators) > 1 for name in operators])
+        self.register_buffer("is_none", is_none, persistent=False)
 
     def weights(self) -> Tensor:
-        """`softmax(α / τ)`, at least float32."""
-        return torch.softmax(self._scaled(), -1)
+        """What each operator is multiplied with, at least float32, sums of 1.
+
+        `softmax(α / τ)` of all but `none`, times what `none` leaves: it gets the part of its own
+        softmax that the schedule says, at the end of the search nothing.
+        """
+        scaled = self._scaled()
+        others = scaled.masked_fill(self.is_none, _CLOSED).softmax(-1)
+        none = (scaled.softmax(-1) * self.is_none).sum(-1, keepdim=True)
+        none = none * self.schedule.none_share
+        return torch.where(self.is_none, none, (1 - none) * others)
 
     def entropy(self) -> Tensor:
-        """Mean over the cells, as a part of its largest value."""
+        """Of the softmax over all but `none`, mean over the cells, a part of its largest value."""
         # Of logarithms, not of the weights: where one has underflowed to 0 the gradient of
         # `torch.special.entr` is not a number.
-        logs = torch.log_softmax(self._scaled(), -1)
-        most = (~self.closed).sum(-1).clamp_min(2).to(logs.dtype).log()
+        logs = self._scaled().masked_fill(self.is_none, _CLOSED).log_softmax(-1)
+        choices = (~(self.closed | self.is_none)).sum(-1)
+        most = choices.clamp_min(2).to(logs.dtype).log()
         return (-(logs.exp() * logs).sum(-1) / most).mean()
 
     def _scaled(self) -> Tensor:
@@ -91,9 +108,7 @@ class Logits(nn.Module):
 
         What `none` takes the others can make up for by larger values, so its weight says little.
         """
-        alpha = self.alpha.detach().masked_fill(self.closed, -math.inf)
-        if "none" in self.operators:
-            alpha[:, self.operators.index("none")] = -math.inf
+        alpha = self.alpha.detach().masked_fill(self.closed | self.is_none, _CLOSED)
         return tuple(self.operators[i] for i in alpha.argmax(-1).tolist())
 
 

@@ -62,9 +62,12 @@ def network_label(network: Mapping[str, Any]) -> str:
     return layer_label(layers[0]) if len(layers) == 1 else f"all {len(layers)} layers"
 
 
-def entropies(weights: Tensor) -> Tensor:
-    """Entropy of `[…, O]` over the operators, as a part of its largest value."""
-    return torch.special.entr(weights).sum(-1) / math.log(max(weights.shape[-1], 2))
+def entropies(weights: Tensor, operators: Sequence[str]) -> Tensor:
+    """Entropy of `[…, O]` over all operators but `none`, as a part of its largest value."""
+    others = [o for o, name in enumerate(operators) if name != "none"] or [0]
+    shares = weights[..., others]
+    shares = shares / shares.sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1) / math.log(max(len(others), 2))
 
 
 def stacked(history: Sequence[Mapping[str, Any]], operators: Sequence[str]) -> Tensor:
@@ -185,7 +188,7 @@ def save_weights(
             lines.append(line)
             if count > 1 and o in banded:
                 _draw_band(above, steps, weights[:, :, cell, o], STYLES[name][0])
-        entropy = entropies(weights[:, :, cell])
+        entropy = entropies(weights[:, :, cell], operators)
         _draw_mean(below, steps, entropy, "#111111", "-")
         if count > 1:
             _draw_band(below, steps, entropy, "#111111")

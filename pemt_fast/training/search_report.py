@@ -147,7 +147,7 @@ def markdown(search: Mapping[str, Any]) -> str:
         ("networks", f"{len(found)} for {layers} attention layers"),
         ("most decided", _described(*cells[-1])),
         ("least decided", _described(*cells[0])),
-        ("mean entropy", f"{entropies(weights).mean().item():.3f}"),
+        ("mean entropy", f"{entropies(weights, search['config']['operators']).mean().item():.3f}"),
         ("seconds", f"{search['seconds']:.1f}"),
     ]
     counted, told = (
