@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `pemt-fast demo`, `train`, `multitask`, …; more in `cli_machine.py`.
+"""The command line: `pemt-fast demo`, `train`, …; more in `cli_multi_task.py`, `cli_machine.py`.
 
 Arguments become calls of `pemt_fast.training`; results are printed as tables and written as JSON
 beside PNG plots. Expected errors end in one line that names what is wrong, never in a traceback.
@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pemt_fast import cli_machine
-from pemt_fast.console import console, print_table
+from pemt_fast import cli_machine, cli_multi_task
+from pemt_fast.console import console, print_table, split_names
 
 app = typer.Typer(
     name="pemt-fast",
@@ -63,10 +63,6 @@ def _gate_table(title: str, gates: dict[str, list[float]], sources: Sequence[str
         cells = (f"[bold]{w:.2f}[/bold]" if w == best else f"{w:.2f}" for w in weights)
         table.add_row(layer, *cells)
     console.print(table)
-
-
-def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 @app.command()
@@ -154,8 +150,8 @@ def train(
 
     request = TrainRequest(
         model=model,
-        sources=_split(sources),
-        targets=_split(target),
+        sources=split_names(sources),
+        targets=split_names(target),
         data_dir=data,
         few_shot=few_shot,
         baseline=baseline,
@@ -188,59 +184,6 @@ def _print_summary(summary: dict) -> None:
         title = f"target {name}, {target['examples']} examples"
         print_table(title, ("method", "test, %", "seconds"), scores)
         _gate_table("gate weight per source", target["gates"], list(target["gate"]))
-
-
-@app.command()
-def multitask(
-    model: Annotated[str, typer.Option(help="T5 directory or hub name.")],
-    out: Annotated[Path, typer.Option(help="Where runs go; finished ones are skipped.")],
-    tasks: Annotated[str, typer.Option(help="Tasks trained together, comma separated.")],
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="Comma separated; also mtl_lora, multi_lora, prompt_tuning, lora_prefix, peml."
-        ),
-    ] = "lora,moe_lora,poly,mhr,c_poly",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of JSONL data sets; none: the hub.")
-    ] = None,
-    units: Annotated[
-        int | None, typer.Option(help="Hidden units per layer; default: C-Poly's 2·(3 + tasks).")
-    ] = None,
-    targets: Annotated[
-        str, typer.Option(help="Layers, or all-linear; default: query and value.")
-    ] = "",
-    seeds: Annotated[str, typer.Option(help="Of training, comma separated.")] = "1,2,3",
-    steps: Annotated[int | None, typer.Option(help="Default: one epoch.")] = None,
-    lr: Annotated[float, typer.Option(help="Of adapters; routers have their own.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option()] = 32,
-    temperature: Annotated[float, typer.Option(help="Of the task sampling.")] = 2.0,
-    max_source_length: Annotated[int, typer.Option()] = 256,
-    limit_train: Annotated[int | None, typer.Option(help="Examples of a task at most.")] = None,
-    limit_eval: Annotated[int | None, typer.Option(help="Examples to test at most.")] = None,
-    data_seed: Annotated[int, typer.Option(help="Of the splits.")] = 42,
-    bf16: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
-) -> None:
-    """Compare C-Poly, PEML, LoRA mixtures and others on several tasks, at equal size."""
-    from pemt_fast.methods.linear_config import ALL_LINEAR
-    from pemt_fast.training.multi_task import MultiTaskRequest, run_multi_task
-    from pemt_fast.training.multi_task_report import table
-    from pemt_fast.training.options import TrainOptions
-
-    options = TrainOptions(
-        learning_rate=lr, steps=steps, epochs=1, batch_size=batch_size, bf16=bf16,
-        max_source_length=max_source_length, progress=sys.stderr.isatty(),
-    )  # fmt: skip
-    layers = targets if targets == ALL_LINEAR else _split(targets) or None
-    request = MultiTaskRequest(
-        model, _split(tasks), _split(methods), data, units, layers,
-        [int(seed) for seed in _split(seeds)], temperature, options, limit_train, limit_eval,
-        data_seed,
-    )  # fmt: skip
-    summary = run_multi_task(request, out, report=console.print)
-    columns, rows = table(summary)
-    print_table("scores, %", columns, rows)
-    console.print(f"\nresults: {out / 'summary.json'}, {out / 'summary.md'}")
 
 
 @app.command()
@@ -285,10 +228,11 @@ def pretrain(
     changes: dict = {"seed": seed, "task_share": task_share}
     if steps is not None:
         changes["steps"] = steps
-    result = run(files, out, PretrainConfig(**changes), tasks=_split(tasks), data_dir=data)
+    result = run(files, out, PretrainConfig(**changes), tasks=split_names(tasks), data_dir=data)
     console.print(f"pretrained in {result['seconds']:.0f} s: {out}")
 
 
+cli_multi_task.register(app)
 cli_machine.register(app)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the command line prints."""
+"""What the commands share: where they print, and lists in options."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for row in rows:
         table.add_row(*(f"{v:.1f}" if isinstance(v, float) else str(v) for v in row))
     console.print(table)
+
+
+def split_names(names: str) -> list[str]:
+    """What a comma-separated option holds."""
+    return [name.strip() for name in names.split(",") if name.strip()]

@@ -12,19 +12,19 @@ from transformers import AutoModelForSeq2SeqLM
 import pemt_fast
 from pemt_fast.data.load import Splits
 from pemt_fast.data.template import Example
-from pemt_fast.training import multi_task, trainer
+from pemt_fast.training import multi_task, peml_run, trainer
 from pemt_fast.training.multi_task import (
     MultiTaskRequest,
     _encode,
     _load,
-    allocation,
     load_backbone,
     train_mixture,
 )
 from pemt_fast.training.multi_task_methods import METHODS as ALL_METHODS
 from pemt_fast.training.multi_task_methods import config_of, sized, trained
-from pemt_fast.training.multi_task_report import majority, most_decided, table
+from pemt_fast.training.multi_task_report import allocation, majority, most_decided, table
 from pemt_fast.training.options import TrainOptions
+from pemt_fast.training.search import SearchTrainer
 from pemt_fast.training.stages import Backbone, TaskData
 
 TASKS = ("sst2", "mrpc")
@@ -297,6 +297,54 @@ def test_peml_is_searched_and_then_trained_anew(folder, compared):
     assert "| seconds of the search |  |  |  | – | – | – | – | – | " in text
 
 
+def test_settings_and_a_bi_level_search(folder, tmp_path, monkeypatch):
+    rows = []
+
+    def trainer_of(*args, train_dataset, architecture_dataset, **kwargs):
+        rows.append((train_dataset, architecture_dataset))
+        return SearchTrainer(
+            *args, train_dataset=train_dataset, architecture_dataset=architecture_dataset, **kwargs
+        )
+
+    monkeypatch.setattr(peml_run, "SearchTrainer", trainer_of)
+    changes = {"--methods": "peml", "--units": 100, "--seeds": 1, "--steps": 2}
+    settings = ["--set", "sharing=architecture", "--set", "temperature=[2, 0.5]"]
+    words = [*command(folder, tmp_path, **changes, **{"--architecture-share": 0.25}), *settings]
+    assert run_cli(*words) == 0
+    run = json.loads((tmp_path / "peml" / "seed1" / "results.json").read_text())
+    assert run["request"]["config"]["sharing"] == "architecture"
+    assert run["request"]["config"]["temperature"] == [2, 0.5]
+    assert run["request"]["architecture_share"] == 0.25
+    assert len(run["search"]["architecture"]) == 1
+    ((training, architecture),) = rows
+    for task, own in enumerate(run["request"]["tasks"].values()):
+        counts = [sum(row["task_ids"] == task for row in part) for part in (training, architecture)]
+        assert sum(counts) == own and abs(counts[1] - own / 4) < 1  # a quarter of each task
+    # Another request is not taken for this one.
+    assert run_cli(*words[:-2]) == 1
+
+
+def test_a_fixed_architecture_is_not_searched(folder, tmp_path):
+    changes = {"--methods": "peml", "--units": 100, "--seeds": 1, "--steps": 2}
+    settings = ["--set", "sharing=architecture", "--set", 'architecture=[["conv3", "gated"]]']
+    assert run_cli(*command(folder, tmp_path, **changes), *settings) == 0
+    run = json.loads((tmp_path / "peml" / "seed1" / "results.json").read_text())
+    assert "search" not in run
+    t5 = AutoModelForSeq2SeqLM.from_pretrained(folder / "t5")
+    model = pemt_fast.load(t5, tmp_path / "peml" / "seed1")
+    assert model.architecture() == (("conv3", "gated"),)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
+def test_a_share_of_the_rows_is_spread_over_them(share):
+    rest, part = peml_run.divided(range(1000), share)
+    assert sorted([*rest, *part]) == list(range(1000)) and len(part) == round(1000 * share)
+    gaps = [b - a for a, b in itertools.pairwise(part)]
+    assert max(gaps) - min(gaps) <= 1
+    with pytest.raises(ValueError, match="architecture_share 0.1 of 3 rows leaves a part empty"):
+        peml_run.divided(range(3), 0.1)
+
+
 def test_a_size_that_no_rank_reaches(folder, tmp_path, capsys):
     changes = {"--methods": "peml", "--units": 10}
     assert run_cli(*command(folder, tmp_path, **changes)) == 1
@@ -331,6 +379,11 @@ def test_c_poly_has_its_published_sizes():
         ({"--targets": "k_proj"}, "target_modules ('k_proj',) name no layer"),
         ({"--lr": 0}, "learning_rate must be positive, got 0"),
         ({"--data": "nowhere"}, "nowhere"),
+        ({"--architecture-share": 1}, "architecture_share must be from 0 to below 1, got 1.0"),
+        ({"--set": "sharing"}, "--set must be name=value, got 'sharing'"),
+        ({"--set": "sharing=network"}, "for lora, got 'sharing'"),
+        ({"--set": "r=4"}, "['adapter_dtype', 'dropout', 'impl'] for lora, got 'r'"),
+        ({"--set": "dropout=2"}, "dropout must be"),
     ],
 )
 def test_bad_requests_end_before_anything_is_written(folder, tmp_path, capsys, changes, message):

@@ -18,12 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import transformers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 
 from pemt_fast.attach import get_model
-from pemt_fast.attached import AttachedModel
 from pemt_fast.data import get_task, load_splits, tokenize
 from pemt_fast.methods.peml import PemlConfig
 from pemt_fast.methods.task_config import TaskConfig
@@ -46,8 +44,14 @@ from pemt_fast.training.multi_task_methods import (
     rate_of,
     sized,
     trained,
+    with_settings,
 )
-from pemt_fast.training.multi_task_report import majority, save_allocation, write_summary
+from pemt_fast.training.multi_task_report import (
+    allocation,
+    majority,
+    save_allocation,
+    write_summary,
+)
 from pemt_fast.training.options import TrainOptions
 from pemt_fast.training.peml_run import search_prefix
 from pemt_fast.training.run import load_backbone
@@ -72,6 +76,9 @@ class MultiTaskRequest:
         limit_train: Examples of a task at most.
         limit_eval: Test examples of a task at most.
         data_seed: Seed of the splits.
+        settings: Fields of the methods' configs and their values.
+        architecture_share: Part of the training rows that PEML's search trains the architecture on
+            and nothing else (bi-level); 0: both on all of them.
     """
 
     model: str
@@ -86,6 +93,8 @@ class MultiTaskRequest:
     limit_train: int | None = None
     limit_eval: int | None = None
     data_seed: int = 42
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    architecture_share: float = 0.0
 
 
 def _load(name: str, request: MultiTaskRequest) -> TaskData:
@@ -137,6 +146,7 @@ def train_mixture(
     temperature: float,
     label: str,
     budget: int | None = None,
+    architecture_share: float = 0.0,
 ) -> dict:
     """Train one model on all tasks and test it on each; skipped where it is finished already.
 
@@ -150,6 +160,7 @@ def train_mixture(
         label: What is being trained, for results.
         budget: Choose the rank for so many trained parameters; None: that of the config. PEML
             first searches its architecture, then trains anew with what was found.
+        architecture_share: As in `MultiTaskRequest`.
     """
     folder = Path(directory)
     request = {
@@ -159,6 +170,8 @@ def train_mixture(
     }  # fmt: skip
     if budget is not None:
         request["budget"] = budget
+    if architecture_share:
+        request["architecture_share"] = architecture_share
     if (results := finished(folder, request)) is not None:
         return results
     tokenizer = backbone.tokenizer
@@ -172,8 +185,9 @@ def train_mixture(
     search = None
     if isinstance(config, PemlConfig) and config.searches:
         config, search = search_prefix(
-            backbone, config, arguments, folder / "search", budget=budget, **data
-        )
+            backbone, config, arguments, folder / "search", budget=budget,
+            architecture_share=architecture_share, **data,
+        )  # fmt: skip
     if budget is not None:
         config = sized(config, backbone.make(), budget)
     set_seed(options.seed)
@@ -204,17 +218,6 @@ def train_mixture(
         model.unload()
 
 
-@torch.no_grad()
-def allocation(model: AttachedModel) -> dict[str, list[list[float]]]:
-    """Weight of every skill for every task by layer, mean over splits; empty without routers."""
-    found = {}
-    for name, layer in model.base_model.named_modules():
-        if (router := getattr(layer, "router", None)) is not None:
-            table = router.table()
-            found[name] = (table.mean(1) if table.dim() == 3 else table).tolist()
-    return found
-
-
 def run_multi_task(
     request: MultiTaskRequest,
     directory: str | os.PathLike[str],
@@ -238,9 +241,16 @@ def run_multi_task(
     names = [get_task(name).name for name in request.tasks]
     units = request.units or (COMMON + SPECIFIC * len(names)) * RANK
     configs = {
-        method: config_of(method, names, units, target_modules=request.target_modules)
+        method: with_settings(
+            config_of(method, names, units, target_modules=request.target_modules),
+            request.settings,
+        )
         for method in request.methods
     }
+    if not 0 <= request.architecture_share < 1:
+        raise ValueError(
+            f"architecture_share must be from 0 to below 1, got {request.architecture_share}"
+        )
     make, tokenizer = load_backbone(request.model)
     tasks = {name: _load(name, request) for name in names}
     backbone = Backbone(make, tokenizer, request.model)
@@ -264,6 +274,7 @@ def run_multi_task(
                     temperature=request.temperature,
                     label=f"{method}, seed {seed}",
                     budget=budget if method in SIZED else None,
+                    architecture_share=request.architecture_share,
                 )
             )
     summary = {

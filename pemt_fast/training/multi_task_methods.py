@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from pemt_fast.attach import get_model
@@ -29,6 +29,8 @@ METHODS = (
     "lora_prefix", "peml",
 )  # fmt: skip
 _MOST_RANK = 1024
+# Fields of a config that the comparison sets itself.
+_GIVEN = frozenset({"num_tasks", "task_names", "target_modules", "r", "alpha"})
 
 
 def config_of(method: str, tasks: Sequence[str], units: int, **common: Any) -> TaskConfig:
@@ -71,6 +73,20 @@ def config_of(method: str, tasks: Sequence[str], units: int, **common: Any) -> T
         case "prompt_tuning":
             return PromptTuningConfig(num_tasks=count, prompt_length=PROMPT_LENGTH, **names)  # type: ignore[arg-type]
     raise ValueError(f"methods must be among {', '.join(METHODS)}, got {method!r}")
+
+
+def with_settings(config: TaskConfig, settings: Mapping[str, Any]) -> TaskConfig:
+    """The config with other values of some fields.
+
+    Raises:
+        ValueError: it has no such field, or the comparison sets it; or a value is not allowed.
+    """
+    known = {field.name for field in fields(config)} - _GIVEN
+    if unknown := [name for name in settings if name not in known]:
+        raise ValueError(
+            f"settings must be of {sorted(known)} for {config.method}, got {unknown[0]!r}"
+        )
+    return replace(config, **settings)
 
 
 def rate_of(method: str, rate: float) -> float:

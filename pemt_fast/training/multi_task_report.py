@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from pemt_fast.attached import AttachedModel
 from pemt_fast.checkpoint import replace_file
 from pemt_fast.training.metrics import compute
 from pemt_fast.training.stages import TaskData
@@ -22,6 +23,17 @@ def majority(task: TaskData) -> float:
     most = Counter(example.target for example in task.splits.train).most_common(1)[0][0]
     test = list(task.splits.test)
     return compute(task.metrics, [most] * len(test), test)[SCORE]
+
+
+@torch.no_grad()
+def allocation(model: AttachedModel) -> dict[str, list[list[float]]]:
+    """Weight of every skill for every task by layer, mean over splits; empty without routers."""
+    found = {}
+    for name, layer in model.base_model.named_modules():
+        if (router := getattr(layer, "router", None)) is not None:
+            table = router.table()
+            found[name] = (table.mean(1) if table.dim() == 3 else table).tolist()
+    return found
 
 
 def task_scores(runs: Sequence[Mapping], task: str) -> list[float]:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ def search_prefix(
     directory: Path,
     *,
     budget: int | None,
+    architecture_share: float = 0.0,
     **data: Any,
 ) -> tuple[PemlConfig, dict[str, Any]]:
     """Search with fresh LoRA and prefix networks; what they have learned is thrown away.
@@ -39,6 +42,8 @@ def search_prefix(
         arguments: Of transformers' trainer; the search takes as many steps as they say.
         directory: For the report.
         budget: Trained parameters of LoRA and a plain prefix, for LoRA's rank; None: the config's.
+        architecture_share: Part of the data set's rows, evenly spread, that the architecture alone
+            is trained on (bi-level); 0: no such part.
         **data: For `SearchTrainer`: data set, collator, sampling.
 
     Returns:
@@ -51,6 +56,10 @@ def search_prefix(
     arguments = copy.copy(arguments)
     arguments.logging_strategy = IntervalStrategy.STEPS  # the history of the search
     arguments.logging_steps = max(arguments.max_steps // POINTS, 1)
+    if architecture_share:
+        data["train_dataset"], data["architecture_dataset"] = divided(
+            data["train_dataset"], architecture_share
+        )
     set_seed(arguments.seed)
     model = get_model(base, config)
     try:
@@ -68,3 +77,13 @@ def search_prefix(
         return replace(config, architecture=architecture), found
     finally:
         model.unload()
+
+
+def divided(rows: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
+    """The rows without a `share` of them, evenly spread, and these."""
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for i, row in enumerate(rows):
+        parts[math.floor((i + 1) * share) > math.floor(i * share)].append(row)
+    if not all(parts):
+        raise ValueError(f"architecture_share {share} of {len(rows)} rows leaves a part empty")
+    return parts
