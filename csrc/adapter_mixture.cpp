@@ -2,7 +2,8 @@
 //
 // Registration and gradients of `pemt_fast::adapter_mixture_native`, the operator of the kernels in
 // this folder. With `weight` and `bias` it is linear_mixture: the products of the linear are
-// torch's, forward they are the base of the mixture and backward the base of d_x. The twin of
+// torch's, and what the mixture makes is added to them in place: forward to the output,
+// backward to d_x. The twin of
 // pemt_fast/ops/autograd.py: the same things are kept for backward, and only the gradients that are
 // needed are asked for.
 #include "adapter_mixture.h"
@@ -31,11 +32,12 @@ auto find_operator(const char* name) {
 auto forward(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& w_down,
              const at::Tensor& w_up, const OptionalTensor& b_down, const OptionalTensor& b_up,
              const OptionalTensor& base, at::IntArrayRef ranks, std::string_view activation,
-             bool recompute, bool with_hidden, bool save) {
+             bool recompute, bool with_hidden, bool save, const OptionalTensor& weight,
+             const OptionalTensor& bias) {
   static const auto op = find_operator<decltype(adapter_mixture_forward_cpu)>(
       "pemt_fast::adapter_mixture_native_forward");
   return op.call(x, gate, w_down, w_up, b_down, b_up, base, ranks, activation, recompute,
-                 with_hidden, save);
+                 with_hidden, save, weight, bias);
 }
 
 at::Tensor or_empty(const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); }
@@ -82,8 +84,8 @@ struct AdapterMixtureFunction : torch::autograd::Function<AdapterMixtureFunction
     // Once for both directions.
     const OptionalTensor used_weight = cast(weight, x.scalar_type());
     auto [out, hidden, saved] =
-        pemt_fast::forward(x, gate, w_down, w_up, b_down, b_up, base_of(x, base, used_weight, bias),
-                           ranks, activation, recompute, with_hidden, save);
+        pemt_fast::forward(x, gate, w_down, w_up, b_down, b_up, base, ranks, activation, recompute,
+                           with_hidden, save, used_weight, bias);
     const bool keeps_hidden = shared && !recompute && needs_hidden;
     const bool keeps_x = needs_w_down || needs_weight || (needs_hidden && recompute);
     ctx->save_for_backward({keeps_x ? x : at::Tensor(), gate, w_down, w_up, or_empty(b_down),
@@ -138,14 +140,11 @@ struct AdapterMixtureFunction : torch::autograd::Function<AdapterMixtureFunction
     if (std::any_of(needs.begin(), needs.end(), [](bool need) { return need; })) {
       static const auto op = find_operator<decltype(adapter_mixture_backward_cpu)>(
           "pemt_fast::adapter_mixture_native_backward");
-      OptionalTensor base;
-      if (saved[7].defined() && grad_out.defined() && needs[0]) {
-        base = at::matmul(grad_out, saved[7]);
-      }
-      auto found = op.call(if_defined(grad_out), if_defined(grad_hidden), if_defined(saved[0]),
-                           saved[1], saved[2], saved[3], if_defined(saved[4]), if_defined(saved[5]),
-                           if_defined(saved[6]), ctx->saved_data["ranks"].toIntVector(),
-                           ctx->saved_data["activation"].toStringView(), needs, base);
+      auto found =
+          op.call(if_defined(grad_out), if_defined(grad_hidden), if_defined(saved[0]), saved[1],
+                  saved[2], saved[3], if_defined(saved[4]), if_defined(saved[5]),
+                  if_defined(saved[6]), ctx->saved_data["ranks"].toIntVector(),
+                  ctx->saved_data["activation"].toStringView(), needs, if_defined(saved[7]));
       std::apply(
           [&](auto&... grad) {
             size_t i = 0;
@@ -203,13 +202,6 @@ std::tuple<at::Tensor, at::Tensor> adapter_mixture(
                  with_hidden, weight, bias);
 }
 
-OptionalTensor base_of(const at::Tensor& x, const OptionalTensor& base,
-                       const OptionalTensor& weight, const OptionalTensor& bias) {
-  if (!weight) return base;
-  const auto no_autocast = without_autocast();
-  return at::linear(x, cast(*weight, x.scalar_type()), cast(bias, x.scalar_type()));
-}
-
 bool keeps_pre_activation(std::string_view activation) {
   return activation != "identity" && activation != "relu";
 }
@@ -221,12 +213,12 @@ TORCH_LIBRARY_FRAGMENT(pemt_fast, m) {
   m.def("adapter_mixture_native(" PEMT_FAST_INPUTS
         ", Tensor? weight=None, Tensor? bias=None) -> (Tensor out, Tensor hidden)");
   m.def("adapter_mixture_native_forward(" PEMT_FAST_INPUTS
-        ", bool save) -> (Tensor, Tensor, Tensor)");
+        ", bool save, Tensor? weight=None, Tensor? bias=None) -> (Tensor, Tensor, Tensor)");
 #undef PEMT_FAST_INPUTS
   m.def(
       "adapter_mixture_native_backward(Tensor? grad_out, Tensor? grad_hidden, Tensor? x, "
       "Tensor gate, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, Tensor? saved, "
-      "int[] ranks, str activation, bool[6] needs, Tensor? base=None) "
+      "int[] ranks, str activation, bool[6] needs, Tensor? weight=None) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -27,11 +27,11 @@ std::tuple<at::Tensor, at::Tensor> adapter_mixture_cpu(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> adapter_mixture_forward_cpu(
     const at::Tensor& x, const at::Tensor& gate, const at::Tensor& w_down, const at::Tensor& w_up,
     const OptionalTensor& b_down, const OptionalTensor& b_up, const OptionalTensor& base,
-    at::IntArrayRef ranks, std::string_view activation, bool recompute, bool with_hidden,
-    bool save);
+    at::IntArrayRef ranks, std::string_view activation, bool recompute, bool with_hidden, bool save,
+    const OptionalTensor& weight, const OptionalTensor& bias);
 
-// -> d_x, d_gate, d_w_down, d_w_up, d_b_down, d_b_up; empty where `needs` says no. `base [..., D]`
-// is added to d_x.
+// -> d_x, d_gate, d_w_down, d_w_up, d_b_down, d_b_up; empty where `needs` says no. With `weight`
+// d_x is also that of the linear.
 using Gradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
@@ -40,7 +40,7 @@ Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
                                        const at::Tensor& w_up, const OptionalTensor& b_down,
                                        const OptionalTensor& b_up, const OptionalTensor& saved,
                                        at::IntArrayRef ranks, std::string_view activation,
-                                       std::array<bool, 6> needs, const OptionalTensor& base);
+                                       std::array<bool, 6> needs, const OptionalTensor& weight);
 
 // The differentiable operator, through the dispatcher. -> out, hidden
 std::tuple<at::Tensor, at::Tensor> adapter_mixture(
@@ -48,10 +48,6 @@ std::tuple<at::Tensor, at::Tensor> adapter_mixture(
     const OptionalTensor& b_down, const OptionalTensor& b_up, const OptionalTensor& base,
     at::IntArrayRef ranks, std::string_view activation, bool recompute, bool with_hidden,
     const OptionalTensor& weight, const OptionalTensor& bias);
-
-// What the mixture is added to: `base`, or x * weight^T + bias.
-OptionalTensor base_of(const at::Tensor& x, const OptionalTensor& base,
-                       const OptionalTensor& weight, const OptionalTensor& bias);
 
 bool keeps_pre_activation(std::string_view activation);
 

@@ -72,13 +72,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gate,
                                            const OptionalTensor& b_down, const OptionalTensor& b_up,
                                            const OptionalTensor& base, at::IntArrayRef ranks,
                                            std::string_view activation, bool with_hidden, bool save,
-                                           bool training) {
+                                           bool training, const OptionalTensor& weight,
+                                           const OptionalTensor& bias) {
   Call call(x.scalar_type(), rows_of(x.sizes()), gate, w_down, w_up, ranks);
   Parameters p = parameters(w_down, w_up, b_down, b_up, training);
   const bool skips_unused = call.has_zero_gate && !save && !with_hidden;
   quarantine(call, p, skips_unused);
 
-  Tensor out = at::empty(with_last(x.sizes(), call.h), x.options());
+  const Tensor x_rows = as_rows(x, call.tokens, call.d);
+  Tensor out = weight ? linear(x_rows, *weight, bias, x.sizes())
+                      : at::empty(with_last(x.sizes(), call.h), x.options());
   Tensor hidden =
       at::empty(with_hidden ? with_last(x.sizes(), call.n) : at::DimVector{0}, x.options());
   Tensor saved =
@@ -86,7 +89,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gate,
   if (call.tokens == 0) return {out, hidden, saved};
 
   Kept kept;
-  const Tensor x_rows = as_rows(x, call.tokens, call.d);
   cpu::Walk walk = new_walk(call);
   set_input(walk, x_rows, call.d);
   walk.first = operand(call, p.w_down, {}, true, p.down_is_frozen, kept);
@@ -99,7 +101,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gate,
   walk.out = out.mutable_data_ptr();
   walk.width_out = call.h;
   walk.has_up_bias = p.b_up.has_value();
-  if (base) kept.tensors.push_back(set_base(walk, *base, call.type, call.h));
+  if (weight) {
+    set_base(walk, out, call.type, call.h);
+  } else if (base) {
+    kept.tensors.push_back(set_base(walk, *base, call.type, call.h));
+  }
   cpu::run(cpu::kernels(), walk, threads());
   return {out, hidden, saved};
 }
@@ -117,8 +123,7 @@ struct UnitGradients {
 UnitGradients walk_back(const Call& call, const Parameters& p, const Tensor& d_out,
                         const OptionalTensor& grad_hidden, const OptionalTensor& x,
                         const OptionalTensor& saved, std::string_view activation,
-                        const std::array<bool, 6>& needs, const OptionalTensor& base, Tensor& d_x,
-                        Tensor& d_gate) {
+                        const std::array<bool, 6>& needs, bool adds, Tensor& d_x, Tensor& d_gate) {
   const bool keeps_d_z = needs[kWDown] || needs[kBDown];
   const auto units_if = [&](bool needed) {
     return at::empty(needed ? at::DimVector{call.tokens, call.n} : at::DimVector{0},
@@ -154,7 +159,7 @@ UnitGradients walk_back(const Call& call, const Parameters& p, const Tensor& d_o
     walk.second = operand(call, p.w_down, {}, false, p.down_is_frozen, kept);
     walk.out = d_x.mutable_data_ptr();
     walk.width_out = call.d;
-    if (base) kept.tensors.push_back(set_base(walk, *base, call.type, call.d));
+    if (adds) set_base(walk, d_x, call.type, call.d);
   }
   cpu::run(cpu::kernels(), walk, threads());
   return result;
@@ -192,9 +197,8 @@ std::tuple<Tensor, Tensor> adapter_mixture_cpu(
     const OptionalTensor& b_down, const OptionalTensor& b_up, const OptionalTensor& base,
     at::IntArrayRef ranks, std::string_view activation, bool /*recompute*/, bool with_hidden,
     const OptionalTensor& weight, const OptionalTensor& bias) {
-  auto [out, hidden, saved] =
-      forward(x, gate, w_down, w_up, b_down, b_up, base_of(x, base, weight, bias), ranks,
-              activation, with_hidden, false, false);
+  auto [out, hidden, saved] = forward(x, gate, w_down, w_up, b_down, b_up, base, ranks, activation,
+                                      with_hidden, false, false, weight, bias);
   return {out, hidden};
 }
 
@@ -202,9 +206,9 @@ std::tuple<Tensor, Tensor, Tensor> adapter_mixture_forward_cpu(
     const Tensor& x, const Tensor& gate, const Tensor& w_down, const Tensor& w_up,
     const OptionalTensor& b_down, const OptionalTensor& b_up, const OptionalTensor& base,
     at::IntArrayRef ranks, std::string_view activation, bool /*recompute*/, bool with_hidden,
-    bool save) {
+    bool save, const OptionalTensor& weight, const OptionalTensor& bias) {
   return forward(x, gate, w_down, w_up, b_down, b_up, base, ranks, activation, with_hidden, save,
-                 true);
+                 true, weight, bias);
 }
 
 Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
@@ -213,7 +217,7 @@ Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
                                        const OptionalTensor& b_down, const OptionalTensor& b_up,
                                        const OptionalTensor& saved, at::IntArrayRef ranks,
                                        std::string_view activation, std::array<bool, 6> needs,
-                                       const OptionalTensor& base) {
+                                       const OptionalTensor& weight) {
   const Tensor& first = grad_out ? *grad_out : *grad_hidden;
   Call call(first.scalar_type(), rows_of(first.sizes()), gate, w_down, w_up, ranks);
   Parameters p = parameters(w_down, w_up, b_down, b_up, true);
@@ -223,11 +227,14 @@ Gradients adapter_mixture_backward_cpu(const OptionalTensor& grad_out,
   Tensor d_out;  // [T, H]
   if (grad_out) d_out = as_rows(*grad_out, call.tokens, call.h);
 
-  Tensor d_x = needs[kX] ? at::empty(with_last(first.sizes(), call.d), first.options()) : none();
+  const bool adds = weight && grad_out;
+  Tensor d_x = !needs[kX] ? none()
+               : adds     ? linear(d_out, weight->t(), {}, first.sizes())
+                          : at::empty(with_last(first.sizes(), call.d), first.options());
   Tensor d_gate = needs[kGate] ? at::zeros({call.groups, call.adapters}, at::kFloat) : none();
   UnitGradients units;
   if (std::any_of(needs.begin(), needs.begin() + kBUp, [](bool need) { return need; })) {
-    units = walk_back(call, p, d_out, grad_hidden, x, saved, activation, needs, base, d_x, d_gate);
+    units = walk_back(call, p, d_out, grad_hidden, x, saved, activation, needs, adds, d_x, d_gate);
   }
   if (needs[kGate]) {
     if (quarantined) {

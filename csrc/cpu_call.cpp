@@ -132,6 +132,17 @@ Tensor as_rows(const Tensor& tensor, int64_t rows, int64_t width) {
   return width <= 1 || flat.stride(1) == 1 ? flat : flat.contiguous();
 }
 
+Tensor linear(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias,
+              at::IntArrayRef sizes) {
+  // The caller has cast what goes in.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto type = rows.scalar_type();
+  const OptionalTensor used_bias = bias ? OptionalTensor(bias->to(type)) : std::nullopt;
+  const Tensor out = at::linear(rows, weight.to(type), used_bias).contiguous();
+  // Not a view: autograd refuses to change those in place.
+  return at::_unsafe_view(out, with_last(sizes, weight.size(0)));
+}
+
 Parameters parameters(const Tensor& w_down, const Tensor& w_up, const OptionalTensor& b_down,
                       const OptionalTensor& b_up, bool training) {
   const auto dense = [](const Tensor& t) { return t.is_contiguous() ? t : t.contiguous(); };

@@ -24,6 +24,11 @@ at::DimVector with_last(at::IntArrayRef sizes, int64_t last);
 // [rows, width] whose rows are dense; a view wherever the strides allow.
 at::Tensor as_rows(const at::Tensor& tensor, int64_t rows, int64_t width);
 
+// rows [T, width] * weight^T + bias in the dtype of the rows, dense, as `sizes` with the width of
+// the result. Nobody else's: what is beside the linear is added to it in place.
+at::Tensor linear(const at::Tensor& rows, const at::Tensor& weight, const OptionalTensor& bias,
+                  at::IntArrayRef sizes);
+
 // Sizes of a call and its small arguments as the kernels want them.
 struct Call {
   int64_t tokens, d, h, n, adapters, groups;

@@ -17,15 +17,6 @@ namespace {
 
 using at::Tensor;
 
-// The product of the linear as [.., width], not a view: autograd refuses to change those in place.
-Tensor linear(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias,
-              at::IntArrayRef sizes) {
-  const auto type = rows.scalar_type();
-  const OptionalTensor used_bias = bias ? OptionalTensor(bias->to(type)) : std::nullopt;
-  const Tensor out = at::linear(rows, weight.to(type), used_bias).contiguous();
-  return at::_unsafe_view(out, with_last(sizes, weight.size(0)));
-}
-
 std::tuple<Tensor, Tensor> skill_mixture_forward(const Tensor& x, const OptionalTensor& mixing,
                                                  const Tensor& a_, const Tensor& b_,
                                                  const OptionalTensor& task_ids,

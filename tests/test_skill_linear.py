@@ -1,4 +1,4 @@
-"""`skill_mixture` with a linear layer in the place of the base, and the layers that use it."""
+"""`skill_mixture` with a linear layer in the place of the base; layers whose operator has one."""
 
 import pytest
 import torch
@@ -169,7 +169,9 @@ def test_rules(changes, message):
 
 # --- layers --------------------------------------------------------------------------------------
 
-LAYERS = ("poly", "mhr", "c-poly-average", "mtl-lora")
+LAYERS = (
+    "poly", "mhr", "c-poly-average", "mtl-lora", "lora", "multi-lora", "moe-lora", "c-poly",
+)  # fmt: skip
 
 
 def queries(model):

@@ -93,6 +93,8 @@ class MixtureLinear(AdaptedLinear):
         impl: Implementation of the operator.
     """
 
+    takes_linear = True
+
     def __init__(
         self,
         base: Any,

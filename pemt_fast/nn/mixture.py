@@ -109,15 +109,24 @@ class AdapterMixture(nn.Module):
         gate: Tensor,
         base: Tensor | None = None,
         *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
         w_up: Tensor | None = None,
     ) -> Tensor:
         """`x [..., D]`, `gate` as in `adapter_mixture`; returns `[..., H]`.
 
-        `w_up [N, H]` stands for the parameter where something is made of it first.
+        `weight [H, D]` and `bias [H]` of a linear make the base, if they are given. `w_up [N, H]`
+        stands for the parameter where something is made of it first.
         """
+        parameters = self.w_down, self.w_up if w_up is None else w_up, self.b_down, self.b_up
+        if weight is not None:
+            return linear_mixture(
+                x, weight, gate, *parameters, activation=self.activation, bias=bias,
+                impl=self.impl, ranks=self.ranks,
+            )  # fmt: skip
         return adapter_mixture(
-            x, gate, self.w_down, self.w_up if w_up is None else w_up, self.b_down, self.b_up,
-            activation=self.activation, base=base, impl=self.impl, ranks=self.ranks,
+            x, gate, *parameters, activation=self.activation, base=base, impl=self.impl,
+            ranks=self.ranks,
         )  # fmt: skip
 
     def forward_with_hidden(
