@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command that compares methods on several tasks: `pemt-fast multitask`."""
+"""The commands that train several tasks together: `pemt-fast multitask` and `tune-peml`."""
 
 from __future__ import annotations
 
@@ -13,41 +13,51 @@ import typer
 
 from pemt_fast.console import console, print_table, split_names
 
+_Model = Annotated[str, typer.Option(help="T5 directory or hub name.")]
+_Tasks = Annotated[str, typer.Option(help="Tasks trained together, comma separated.")]
+_Data = Annotated[Path | None, typer.Option(help="Folder of JSONL data sets; none: the hub.")]
+_Targets = Annotated[str, typer.Option(help="Layers, or all-linear; default: query and value.")]
+_Seeds = Annotated[str, typer.Option(help="Of training, comma separated.")]
+_Steps = Annotated[int | None, typer.Option(help="Default: one epoch.")]
+_Temperature = Annotated[float, typer.Option(help="Of the task sampling.")]
+_LimitTrain = Annotated[int | None, typer.Option(help="Examples of a task at most.")]
+_LimitEval = Annotated[int | None, typer.Option(help="Examples to test at most.")]
+_DataSeed = Annotated[int, typer.Option(help="Of the splits.")]
+_Bf16 = Annotated[bool, typer.Option(help="Autocast to bfloat16.")]
+_Number = Annotated[int, typer.Option()]
+
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
     app.command()(multitask)
+    app.command(name="tune-peml")(tune_peml)
 
 
 def multitask(
-    model: Annotated[str, typer.Option(help="T5 directory or hub name.")],
+    model: _Model,
     out: Annotated[Path, typer.Option(help="Where runs go; finished ones are skipped.")],
-    tasks: Annotated[str, typer.Option(help="Tasks trained together, comma separated.")],
+    tasks: _Tasks,
     methods: Annotated[
         str,
         typer.Option(
             help="Comma separated; also mtl_lora, multi_lora, prompt_tuning, lora_prefix, peml."
         ),
     ] = "lora,moe_lora,poly,mhr,c_poly",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of JSONL data sets; none: the hub.")
-    ] = None,
+    data: _Data = None,
     units: Annotated[
         int | None, typer.Option(help="Hidden units per layer; default: C-Poly's 2·(3 + tasks).")
     ] = None,
-    targets: Annotated[
-        str, typer.Option(help="Layers, or all-linear; default: query and value.")
-    ] = "",
-    seeds: Annotated[str, typer.Option(help="Of training, comma separated.")] = "1,2,3",
-    steps: Annotated[int | None, typer.Option(help="Default: one epoch.")] = None,
+    targets: _Targets = "",
+    seeds: _Seeds = "1,2,3",
+    steps: _Steps = None,
     lr: Annotated[float, typer.Option(help="Of adapters; routers have their own.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option()] = 32,
-    temperature: Annotated[float, typer.Option(help="Of the task sampling.")] = 2.0,
-    max_source_length: Annotated[int, typer.Option()] = 256,
-    limit_train: Annotated[int | None, typer.Option(help="Examples of a task at most.")] = None,
-    limit_eval: Annotated[int | None, typer.Option(help="Examples to test at most.")] = None,
-    data_seed: Annotated[int, typer.Option(help="Of the splits.")] = 42,
-    bf16: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
+    batch_size: _Number = 32,
+    temperature: _Temperature = 2.0,
+    max_source_length: _Number = 256,
+    limit_train: _LimitTrain = None,
+    limit_eval: _LimitEval = None,
+    data_seed: _DataSeed = 42,
+    bf16: _Bf16 = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A field of the methods' configs, name=value; repeatable."),
@@ -76,6 +86,71 @@ def multitask(
     columns, rows = table(summary)
     print_table("scores, %", columns, rows)
     console.print(f"\nresults: {out / 'summary.json'}, {out / 'summary.md'}")
+
+
+def tune_peml(
+    model: _Model,
+    out: Annotated[Path, typer.Option(help="The study and the runs; goes on where it stopped.")],
+    tasks: _Tasks,
+    space: Annotated[
+        str, typer.Option(help="What is tried, JSON or a file of it; missing: HyperSpace's.")
+    ] = "{}",
+    trials: Annotated[int, typer.Option(help="Complete and pruned ones, of all processes.")] = 20,
+    only_trials: Annotated[
+        bool, typer.Option("--only-trials", help="For further processes of the same study.")
+    ] = False,
+    data: _Data = None,
+    targets: _Targets = "all-linear",
+    seeds: _Seeds = "1,2,3",
+    steps: _Steps = None,
+    batch_size: _Number = 32,
+    temperature: _Temperature = 2.0,
+    max_source_length: _Number = 256,
+    limit_train: _LimitTrain = None,
+    limit_eval: _LimitEval = None,
+    data_seed: _DataSeed = 42,
+    bf16: _Bf16 = False,
+) -> None:
+    """Find PEML's sizes and rates for several tasks by validation scores, then test the best."""
+    from pemt_fast.methods.linear_config import ALL_LINEAR
+    from pemt_fast.training.hyper_search import HyperSpace
+    from pemt_fast.training.options import TrainOptions
+    from pemt_fast.training.peml_tune import PemlTuneRequest
+    from pemt_fast.training.peml_tune import tune_peml as run
+
+    options = TrainOptions(
+        steps=steps, epochs=1, batch_size=batch_size, bf16=bf16,
+        max_source_length=max_source_length, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    request = PemlTuneRequest(
+        model=model, tasks=split_names(tasks), space=HyperSpace.from_dict(_json("--space", space)),
+        trials=trials, data_dir=data, temperature=temperature, options=options,
+        target_modules=targets if targets == ALL_LINEAR else split_names(targets) or None,
+        limit_train=limit_train, limit_eval=limit_eval, data_seed=data_seed,
+        seeds=[int(seed) for seed in split_names(seeds)],
+    )  # fmt: skip
+    result = run(request, out, only_trials=only_trials, report=console.print)
+    values, value = result["study"]["values"], result["study"]["value"]
+    if values is not None:
+        rows = [(name, str(chosen)) for name, chosen in values.items()]
+        print_table(f"best of {len(result['study']['trials'])}, validation {value:.1f} %",
+                    ("", "value"), rows)  # fmt: skip
+    if not only_trials:
+        scores = ", ".join(f"{score:.1f}" for score in result["means"])
+        console.print(f"\ntest, mean of the tasks by seed, %: {scores}")
+        console.print(f"results: {out / 'tuning.json'}, {out / 'best'}")
+
+
+def _json(option: str, text: str) -> dict[str, Any]:
+    """A JSON object, as it is or in a file."""
+    words = text if text.lstrip().startswith("{") else Path(text).read_text()
+    try:
+        found = json.loads(words)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} must be a JSON object or a file of one: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{option} must be a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _settings(entries: Sequence[str]) -> dict[str, Any]:

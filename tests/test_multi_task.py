@@ -12,14 +12,12 @@ from transformers import AutoModelForSeq2SeqLM
 import pemt_fast
 from pemt_fast.data.load import Splits
 from pemt_fast.data.template import Example
-from pemt_fast.training import multi_task, peml_run, trainer
+from pemt_fast.training import multi_task, multi_task_data, peml_run, trainer
 from pemt_fast.training.multi_task import (
-    MultiTaskRequest,
-    _encode,
-    _load,
     load_backbone,
     train_mixture,
 )
+from pemt_fast.training.multi_task_data import encode_tasks, load_task
 from pemt_fast.training.multi_task_methods import METHODS as ALL_METHODS
 from pemt_fast.training.multi_task_methods import config_of, sized, trained
 from pemt_fast.training.multi_task_report import allocation, majority, most_decided, table
@@ -132,15 +130,10 @@ def test_without_units_the_size_is_that_of_c_poly(folder, tmp_path, monkeypatch,
     assert "r = 10, temperature = 7.0" in capsys.readouterr().err
 
 
-def request(folder, **changes):
-    return MultiTaskRequest(str(folder / "t5"), TASKS, data_dir=folder, **changes)
-
-
 def test_rows_carry_their_task(folder):
-    wanted = request(folder, limit_train=10, limit_eval=5)
-    _, tokenizer = load_backbone(wanted.model)
-    tasks = {name: _load(name, wanted) for name in TASKS}
-    train, test = _encode(tasks, tokenizer, TrainOptions())
+    _, tokenizer = load_backbone(str(folder / "t5"))
+    tasks = {name: load_task(name, folder, seed=42, limit_train=10, limit_eval=5) for name in TASKS}
+    train, test = encode_tasks(tasks, tokenizer, TrainOptions())
     assert [row["task_ids"] for row in train] == [0] * 10 + [1] * 10
     assert [row["task_ids"] for row in test["mrpc"]] == [1] * 5
     for row, example in zip(test["mrpc"], tasks["mrpc"].splits.test, strict=True):
@@ -148,7 +141,7 @@ def test_rows_carry_their_task(folder):
 
 
 def test_the_seed_of_the_data_chooses_the_examples(folder):
-    first, second = (_load("sst2", request(folder, data_seed=seed)).splits for seed in (1, 2))
+    first, second = (load_task("sst2", folder, seed=seed).splits for seed in (1, 2))
     assert first.train != second.train
 
 
@@ -159,7 +152,7 @@ def example(target):
 def test_the_majority_is_that_of_the_training_part(folder):
     positive, negative = example("positive"), example("negative")
     splits = Splits([positive, negative, negative], [], [positive, positive, positive, negative])
-    task = dataclasses.replace(_load("sst2", request(folder)), splits=splits)
+    task = dataclasses.replace(load_task("sst2", folder, seed=42), splits=splits)
     assert majority(task) == 25.0
 
 
@@ -172,7 +165,7 @@ def test_generation_has_room_for_the_longest_target(folder, tmp_path, monkeypatc
         lengths.append(max_length)
         return [""]
 
-    monkeypatch.setattr(multi_task, "predict", predict)
+    monkeypatch.setattr(multi_task_data, "predict", predict)
     train_mixture(
         Backbone(*load_backbone(str(folder / "t5")), "tiny"),
         {"words": task}, config_of("lora", ["words"], 2),
@@ -182,11 +175,11 @@ def test_generation_has_room_for_the_longest_target(folder, tmp_path, monkeypatc
 
 
 def test_a_part_without_examples_is_refused(folder):
-    task = _load("sst2", request(folder))
+    task = load_task("sst2", folder, seed=42)
     empty = dataclasses.replace(task, splits=Splits(task.splits.train, [], []))
     _, tokenizer = load_backbone(str(folder / "t5"))
     with pytest.raises(ValueError, match="task 'sst2': the test part is empty"):
-        _encode({"sst2": empty}, tokenizer, TrainOptions())
+        encode_tasks({"sst2": empty}, tokenizer, TrainOptions())
 
 
 def test_the_table_by_hand():

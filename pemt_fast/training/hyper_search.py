@@ -78,7 +78,7 @@ class HyperResult:
             RuntimeError: no trial is complete.
         """
         known = {f.name for f in fields(base)}
-        return replace(base, **{k: v for k, v in self._best().items() if k in known})
+        return replace(base, **{k: v for k, v in self.best_values.items() if k in known})
 
     @property
     def other_values(self) -> dict[str, Any]:
@@ -88,9 +88,15 @@ class HyperResult:
             RuntimeError: no trial is complete.
         """
         known = {f.name for f in fields(PemlConfig)}
-        return {k: v for k, v in self._best().items() if k not in known}
+        return {k: v for k, v in self.best_values.items() if k not in known}
 
-    def _best(self) -> dict[str, Any]:
+    @property
+    def best_values(self) -> dict[str, Any]:
+        """`values`.
+
+        Raises:
+            RuntimeError: no trial is complete.
+        """
         if self.values is None:
             raise RuntimeError("no trial is complete: there are no best values yet")
         return self.values

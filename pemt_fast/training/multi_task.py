@@ -19,22 +19,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import transformers
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from pemt_fast.attach import get_model
-from pemt_fast.data import get_task, load_splits, tokenize
+from pemt_fast.data import get_task
 from pemt_fast.methods.peml import PemlConfig
 from pemt_fast.methods.task_config import TaskConfig
 from pemt_fast.training.fit import (
-    Rows,
     environment,
     finish,
     finished,
     generation_length,
-    predict,
     write_json,
 )
-from pemt_fast.training.metrics import compute
+from pemt_fast.training.multi_task_data import (
+    encode_tasks,
+    load_task,
+    score_tasks,
+    trainer_data,
+)
 from pemt_fast.training.multi_task_methods import (
     COMMON,
     RANK,
@@ -97,45 +100,6 @@ class MultiTaskRequest:
     architecture_share: float = 0.0
 
 
-def _load(name: str, request: MultiTaskRequest) -> TaskData:
-    task = get_task(name)
-    splits = load_splits(
-        task, request.data_dir, seed=request.data_seed,
-        limit_train=request.limit_train, limit_eval=request.limit_eval,
-    )  # fmt: skip
-    return TaskData(task.name, task.description, splits, task)
-
-
-def _encode(
-    tasks: Mapping[str, TaskData], tokenizer: PreTrainedTokenizerBase, options: TrainOptions
-) -> tuple[list[dict[str, Any]], dict[str, Rows]]:
-    """Training rows of all tasks with their `task_ids`, and the test rows of each.
-
-    Texts begin with the name of the task, as in T5's pretraining: methods that take no notice of
-    task ids see it too.
-    """
-    train: list[dict[str, Any]] = []
-    test: dict[str, Rows] = {}
-    for number, (name, task) in enumerate(tasks.items()):
-        parts = {"train": task.splits.train, "test": task.splits.test}
-        if empty := [part for part, examples in parts.items() if not examples]:
-            raise ValueError(f"task {name!r}: the {empty[0]} part is empty")
-        encoded = {
-            part: tokenize(
-                [replace(e, source=f"{name}: {e.source}") for e in examples], tokenizer,
-                max_source_length=options.max_source_length,
-                max_target_length=options.max_target_length,
-            )
-            for part, examples in parts.items()
-        }  # fmt: skip
-        for rows in encoded.values():
-            for row in rows:
-                cast(dict[str, Any], row)["task_ids"] = number
-        train += encoded["train"]
-        test[name] = encoded["test"]
-    return train, test
-
-
 def train_mixture(
     backbone: Backbone,
     tasks: Mapping[str, TaskData],
@@ -175,13 +139,10 @@ def train_mixture(
     if (results := finished(folder, request)) is not None:
         return results
     tokenizer = backbone.tokenizer
-    train, test = _encode(tasks, tokenizer, options)
+    train, test = encode_tasks(tasks, tokenizer, options)
     length = generation_length([train, *test.values()])
     arguments = options.arguments(folder / "checkpoints", length, evaluates=False)
-    data: Any = {
-        "train_dataset": train, "task_temperature": temperature,
-        "data_collator": DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
-    }  # fmt: skip
+    data = trainer_data(train, tokenizer, temperature)
     search = None
     if isinstance(config, PemlConfig) and config.searches:
         config, search = search_prefix(
@@ -198,12 +159,9 @@ def train_mixture(
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        scores = {}
-        for name, rows in test.items():
-            texts = predict(
-                model, tokenizer, rows, batch_size=options.eval_batch_size, max_length=length
-            )
-            scores[name] = compute(tasks[name].metrics, texts, list(tasks[name].splits.test))
+        scores = score_tasks(
+            model, tokenizer, tasks, test, batch_size=options.eval_batch_size, max_length=length
+        )
         model.save_pretrained(folder)
         results = {
             "label": label, "method": config.method, "seed": options.seed, "scores": scores,
@@ -252,7 +210,13 @@ def run_multi_task(
             f"architecture_share must be from 0 to below 1, got {request.architecture_share}"
         )
     make, tokenizer = load_backbone(request.model)
-    tasks = {name: _load(name, request) for name in names}
+    tasks = {
+        name: load_task(
+            name, request.data_dir, seed=request.data_seed, limit_train=request.limit_train,
+            limit_eval=request.limit_eval,
+        )
+        for name in names
+    }  # fmt: skip
     backbone = Backbone(make, tokenizer, request.model)
     folder, budget = Path(directory), None
     if SIZED & configs.keys():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import IntervalStrategy, set_seed
+from transformers import IntervalStrategy, TrainerCallback, set_seed
 
 from pemt_fast.attach import get_model
 from pemt_fast.methods.peml import PemlConfig
@@ -28,10 +28,11 @@ def search_prefix(
     backbone: Backbone,
     config: PemlConfig,
     arguments: Any,
-    directory: Path,
+    directory: Path | None,
     *,
-    budget: int | None,
+    budget: int | None = None,
     architecture_share: float = 0.0,
+    callbacks: Sequence[TrainerCallback] = (),
     **data: Any,
 ) -> tuple[PemlConfig, dict[str, Any]]:
     """Search with fresh LoRA and prefix networks; what they have learned is thrown away.
@@ -40,10 +41,11 @@ def search_prefix(
         backbone: The frozen T5.
         config: Of the search.
         arguments: Of transformers' trainer; the search takes as many steps as they say.
-        directory: For the report.
+        directory: For the report; None: no report.
         budget: Trained parameters of LoRA and a plain prefix, for LoRA's rank; None: the config's.
         architecture_share: Part of the data set's rows, evenly spread, that the architecture alone
             is trained on (bi-level); 0: no such part.
+        callbacks: For the trainer.
         **data: For `SearchTrainer`: data set, collator, sampling.
 
     Returns:
@@ -65,11 +67,14 @@ def search_prefix(
     try:
         trainer = SearchTrainer(model=model, args=arguments, **data)
         trainer.remove_callback(transformers.PrinterCallback)
+        for callback in callbacks:
+            trainer.add_callback(callback)
         started = time.perf_counter()
         trainer.train()
         seconds = round(time.perf_counter() - started, 1)
         architecture = model.architecture()
-        write_search(model, trainer.history, directory, seconds=seconds)
+        if directory is not None:
+            write_search(model, trainer.history, directory, seconds=seconds)
         found = {
             "seconds": seconds, "steps": trainer.state.global_step, "architecture": architecture,
             "trainable_parameters": model.count_parameters()[0],

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tasks of one model: their rows, what trainers need of them, and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from pemt_fast.data import get_task, load_splits, tokenize
+from pemt_fast.training.fit import Rows, predict
+from pemt_fast.training.metrics import compute
+from pemt_fast.training.options import TrainOptions
+from pemt_fast.training.stages import TaskData
+
+
+def load_task(
+    name: str,
+    data_dir: str | Path | None,
+    *,
+    seed: int,
+    limit_train: int | None = None,
+    limit_eval: int | None = None,
+) -> TaskData:
+    """A known task from a folder of JSONL data sets; None: from the hub."""
+    task = get_task(name)
+    splits = load_splits(
+        task, data_dir, seed=seed, limit_train=limit_train, limit_eval=limit_eval
+    )  # fmt: skip
+    return TaskData(task.name, task.description, splits, task)
+
+
+def encode_tasks(
+    tasks: Mapping[str, TaskData],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TrainOptions,
+    part: str = "test",
+) -> tuple[list[dict[str, Any]], dict[str, Rows]]:
+    """Training rows of all tasks with their `task_ids`, and the rows of another part of each.
+
+    Texts begin with the name of the task, as in T5's pretraining: methods that take no notice of
+    task ids see it too.
+    """
+    train: list[dict[str, Any]] = []
+    others: dict[str, Rows] = {}
+    for number, (name, task) in enumerate(tasks.items()):
+        parts = {"train": task.splits.train, part: getattr(task.splits, part)}
+        if empty := [own for own, examples in parts.items() if not examples]:
+            raise ValueError(f"task {name!r}: the {empty[0]} part is empty")
+        encoded = {
+            own: tokenize(
+                [replace(e, source=f"{name}: {e.source}") for e in examples], tokenizer,
+                max_source_length=options.max_source_length,
+                max_target_length=options.max_target_length,
+            )
+            for own, examples in parts.items()
+        }  # fmt: skip
+        for rows in encoded.values():
+            for row in rows:
+                cast(dict[str, Any], row)["task_ids"] = number
+        train += encoded["train"]
+        others[name] = encoded[part]
+    return train, others
+
+
+def trainer_data(
+    train: Sequence[Any], tokenizer: PreTrainedTokenizerBase, temperature: float
+) -> dict[str, Any]:
+    """What trainers take: the rows, the temperature of their sampling, the collator."""
+    return {
+        "train_dataset": train, "task_temperature": temperature,
+        "data_collator": DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+    }  # fmt: skip
+
+
+def score_tasks(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, TaskData],
+    rows: Mapping[str, Rows],
+    *,
+    batch_size: int,
+    max_length: int,
+    part: str = "test",
+) -> dict[str, dict[str, float]]:
+    """Metrics in % of what the model writes, by task; `rows` are the encoded ones of `part`."""
+    scores = {}
+    for name, own in rows.items():
+        texts = predict(model, tokenizer, own, batch_size=batch_size, max_length=max_length)
+        scores[name] = compute(tasks[name].metrics, texts, list(getattr(tasks[name].splits, part)))
+    return scores
