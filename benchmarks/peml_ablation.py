@@ -19,7 +19,7 @@ from pathlib import Path
 import planted
 import torch
 from data_runs import new_parser, parse, run
-from multi_task_run import TRAIN
+from multi_task_run import TASKS, TRAIN
 from planted import Form
 
 from pemt_fast.nn.prefix_operators import OPERATORS
@@ -38,12 +38,17 @@ RANDOM = "operators drawn at random"
 FIXED = {MLP: '--set sharing=architecture --set prefix_depth=1 --set architecture=[["mlp_tanh"]]'}
 # Attention layers of the backbone, and cells of a network.
 NETWORKS, DEPTH = 9, 2
+SPACE = {
+    "prefix_length": [4, 16, 32], "prefix_depth": [1, 2], "prefix_width": [32],
+    "sharing": ["none", "network"], "r": [4, 16], "operator_rank": [4],
+    "learning_rate": [0.0005, 0.005], "architecture_learning_rate": [0.05],
+}  # fmt: skip
 PLANTED = {
     "default": Form(),
     "bi-level, half of the rows each": Form(bilevel=True),
     "no entropy": Form(entropy_weight=0.0),
     "temperature 1 throughout": Form(temperature=(1.0, 1.0)),
-    "both": Form(temperature=(1.0, 1.0), entropy_weight=0.0),
+    "no entropy, temperature 1": Form(temperature=(1.0, 1.0), entropy_weight=0.0),
     "none keeps its weight": Form(none_fades=False),
 }
 
@@ -73,6 +78,15 @@ def commands(work: Path, data: Path, variant: str) -> list[list[str]]:
         [*common, "--seeds", str(seed), "--set", f"architecture={json.dumps(drawn(seed))}"]
         for seed in SEEDS
     ]
+
+
+def tuning(work: Path, data: Path) -> list[str]:
+    """The `pemt-fast tune-peml` of the page; further processes of it take `--only-trials`."""
+    return [
+        "tune-peml", "--model", str(work / "t5"), "--data", str(data), "--out", str(work / "tuned"),
+        "--tasks", TASKS, "--space", json.dumps(SPACE), "--trials", "12", "--seeds", "1",
+        "--steps", "100", "--batch-size", "16", "--max-source-length", "64", "--limit-eval", "100",
+    ]  # fmt: skip
 
 
 def results(folder: Path) -> list[dict]:
@@ -113,6 +127,33 @@ def real_table(work: Path) -> str:
     return "\n".join(lines)
 
 
+def tuned_section(work: Path, command: list[str]) -> str:
+    """What `tune-peml` found, and how its best values do on the test parts."""
+    found = json.loads((work / "tuned" / "tuning.json").read_text())
+    trials = found["study"]["trials"]
+    varied = [name for name, values in found["space"].items() if len(values) > 1]
+    lines = [
+        f"| trial | {' | '.join(varied)} | validation, % | s |",
+        f"| ---: |{' ---: |' * (len(varied) + 2)}",
+    ]
+    for trial in sorted(trials, key=lambda t: (t["state"] != "complete", -(t["value"] or 0))):
+        value = f"{trial['value']:.1f}" if trial["state"] == "complete" else trial["state"]
+        chosen = [f"{v:.2g}" if isinstance(v := trial["values"][n], float) else v for n in varied]
+        cells = [trial["number"], *chosen, value, f"{trial['seconds']:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    tests = ", ".join(f"{score:.1f}" for score in found["means"])
+    table = "\n".join(lines)
+    return f"""```
+pemt-fast {shlex.join(command)}
+```
+
+with a second process beside it (`--only-trials`). Fewer steps and test rows than above, so the
+scores do not compare with those of the table there. The best of {len(trials)} trials has on the
+test parts: {tests} %.
+
+{table}"""
+
+
 def planted_table() -> str:
     """What the forms of the search make of the planted problems."""
     lines = [
@@ -137,8 +178,9 @@ def planted_table() -> str:
     return "\n".join(lines)
 
 
-def page(work: Path) -> str:
+def page(work: Path, data: Path) -> str:
     """The Markdown page."""
+    settings = "; ".join(f"`{words}` ({name})" for name, words in {**SEARCHED, **FIXED}.items())
     return f"""# What PEML's search is worth
 
 Written by `benchmarks/peml_ablation.py`; numbers are those of the runs. The default is that of
@@ -161,8 +203,13 @@ Runs shared the machine with each other and with other work: seconds are rough.
 
 {real_table(work)}
 
+The runs are `pemt-fast multitask --methods peml` with the options of that page and: {settings}.
 `{RANDOM}`: for each network and seed {DEPTH} operators, without any search. `{MLP}` is the usual
 reparametrisation of prefix tuning.
+
+## Sizes and rates
+
+{tuned_section(work, tuning(work, data))}
 """
 
 
@@ -177,8 +224,9 @@ def main() -> None:
             run(command)
     if options.only:
         return
+    run(tuning(options.work, options.data))
     torch.set_num_threads(1)
-    options.page.write_text(page(options.work))
+    options.page.write_text(page(options.work, options.data))
     print(f"wrote {options.page}")
 
 
