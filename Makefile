@@ -17,6 +17,7 @@ READY := .venv/.pemt_fast-ready
 BUILT := .venv/.pemt_fast-built
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SOURCES := $(sort $(wildcard $(foreach kind,cpp h,csrc/*.$(kind) csrc/*/*.$(kind))))
+FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh tests/helpers/cuda/*)
 SANITIZED := build/sanitizers
 KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases sparsity_rows skill_mixture skill_linear,tests/test_$(name).py))
 
@@ -59,7 +60,7 @@ demo: $(BUILT)  ## train a tiny mixture and show which adapters its gate picks
 
 test: $(BUILT)  ## run the tests; those that need a GPU skip themselves where there is none
 	@echo "==> tests"
-	@$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # A copy of the package below build/, whose extension can only be loaded after its sanitizers;
 # libstdc++ comes along so that they see exceptions. A report names no test: ARGS=-v shows which it was.
@@ -83,12 +84,12 @@ check: $(BUILT)  ## lint, formatting and types
 	@echo "==> mypy"
 	@$(BIN)/mypy
 	@echo "==> clang-format"
-	@$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	@$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(READY)  ## rewrite the Python and C++ files the way `check` wants them
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i $(SOURCES)
+	@$(BIN)/clang-format -i $(FORMATTED)
 
 # A script path, not `python -m benchmarks.…`: -m would put the root, and with it the folder
 # kernels/, on sys.path, where Hugging Face's package of that name is looked for.

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The operator for few tokens in one launch (T <= 64, inference): generation is bound by launches,
+// not by the bytes of the weights. What it computes: pemt_fast/ops/adapter_mixture.py; letters as
+// there. No torch and no CUDA header here: the plan and its tests need neither.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pemt_fast::cuda {
+
+enum class Dtype { f32, bf16, f16 };
+enum class Activation { identity, relu, gelu, silu };
+
+constexpr int kMaxTokens = 64;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kTile = 16;         // units of one tensor-core product
+constexpr int kTileColumns = 64;  // columns of the output that one warp makes at a time
+
+// What a plan depends on.
+struct DecodeSizes {
+  int tokens, d, h, units;
+  Dtype dtype;
+};
+struct DecodeDevice {
+  int processors;    // streaming multiprocessors
+  int shared_bytes;  // that one block may have
+  int max_cluster;   // blocks that can exchange hidden units; 1 where there are no clusters
+};
+
+// The grid is `cluster` x `slices` blocks. The blocks of a cluster share the hidden units of one
+// slice: each computes its part of them for all tokens, all get all of them, and each makes its
+// columns of the output. With more slices than one, sums of a slice go through a workspace, and the
+// last block to arrive adds them up in the order of the slices.
+struct DecodePlan {
+  int cluster, slices;
+  int units;    // of a slice, a multiple of `cluster` * kTile
+  int columns;  // of a block, a multiple of 8
+  int pass;     // columns whose sums lie in shared memory at a time
+  int parts_d;  // warps that share one tile of units: parts of D
+  int parts_n;  // warps that share one tile of columns: parts of the units
+  int tokens;   // rounded up to what the products take: 8, 16, 32 or 64
+  size_t shared_bytes, workspace_bytes;
+  int tickets;  // counters, 0 between calls
+
+  constexpr int own_units() const { return units / cluster; }
+  constexpr int pass_tiles() const { return (pass + kTileColumns - 1) / kTileColumns; }
+};
+
+// The plan with so many blocks in a cluster and so many slices (fewer if the units end before). It
+// may need more shared memory than there is.
+DecodePlan plan_of(const DecodeSizes& sizes, const DecodeDevice& device, int cluster, int slices);
+
+// The plan whose estimated time is the shortest; deterministic. Without blocks if none fits.
+DecodePlan plan_decode(const DecodeSizes& sizes, const DecodeDevice& device);
+
+// Estimated microseconds of a plan, on an H100 or H200.
+double estimate(const DecodeSizes& sizes, const DecodePlan& plan);
+
+// One call. Rows of tensors are dense.
+struct Decode {
+  int tokens, d, h, units, adapters;
+  const void* x;  // [T, D]
+  int64_t x_row;
+  const void *w_down, *w_up;       // [N, D], [N, H], dtype of x
+  const float *b_down, *b_up;      // [N], [E, H]; or null
+  const float* gate;               // [G, E]
+  int tokens_per_gate;             // T / G
+  const int32_t* adapter_of_unit;  // [N]
+  const void* base;                // [T, H], dtype of x; or null
+  int64_t base_row;
+  void* out;         // [T, H]
+  float* workspace;  // [slices, T, H]; or null
+  unsigned* tickets;
+  Activation activation;
+};
+
+}  // namespace pemt_fast::cuda

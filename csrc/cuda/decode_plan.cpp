@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "decode.h"
+
+namespace pemt_fast::cuda {
+namespace {
+
+int round_up(int value, int step) { return (value + step - 1) / step * step; }
+int divided(int value, int by) { return (value + by - 1) / by; }
+size_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// Per microsecond, of one block: 64 bytes a clock from the second cache.
+constexpr double kBlockBytes = 1e5;
+// Of the whole device: 4.3 TB/s from memory.
+constexpr double kDeviceBytes = 4.3e6;
+// Microseconds: waiting for the blocks of a cluster; a workspace written, counted and read.
+constexpr double kClusterWait = 1.0, kWorkspaceWait = 2.0;
+
+}  // namespace
+
+DecodePlan plan_of(const DecodeSizes& z, const DecodeDevice& device, int cluster, int slices) {
+  DecodePlan p{};
+  p.cluster = cluster;
+  p.units = round_up(divided(z.units, slices), cluster * kTile);
+  p.slices = divided(z.units, p.units);
+  p.columns = round_up(divided(z.h, cluster), 8);
+  p.tokens = 8;
+  while (p.tokens < z.tokens) p.tokens *= 2;
+  const size_t tokens = size_t(p.tokens);
+  const size_t hidden = tokens * size_t(p.units + 8) * bytes_of(z.dtype) + tokens * 4 + 16;
+  // Sums of both products lie in the same place, one after the other: of as many warps as fit.
+  const auto warps_for = [&](size_t rows) {
+    const size_t all = size_t(device.shared_bytes), room = all > hidden ? all - hidden : 0;
+    return std::max(1, std::min(kWarps, int(room / (rows * tokens * 4))));
+  };
+  const int down_warps = warps_for(kTile), up_warps = warps_for(kTileColumns);
+  p.parts_d = std::max(1, std::min(down_warps / (p.own_units() / kTile), divided(z.d, 32)));
+  p.pass = std::min(p.columns, up_warps * kTileColumns);
+  p.parts_n = std::max(1, std::min(up_warps / p.pass_tiles(), p.units / kTile));
+  const size_t down = tokens * size_t(p.parts_d) * size_t(p.own_units()) * 4;
+  const size_t up = tokens * size_t(p.parts_n) * size_t(p.pass) * 4;
+  p.shared_bytes = std::max(down, up) + hidden;
+  const bool summed = p.slices > 1;
+  p.workspace_bytes = summed ? size_t(p.slices) * size_t(z.tokens) * size_t(z.h) * 4 : 0;
+  p.tickets = summed ? p.cluster : 0;
+  return p;
+}
+
+double estimate(const DecodeSizes& z, const DecodePlan& p) {
+  const double size = double(bytes_of(z.dtype));
+  const double weights = size * z.units * (double(z.d) + z.h);
+  double block = size * (double(p.own_units()) * z.d + double(p.units) * p.columns);
+  block += size * z.tokens * z.d * std::max(1, p.own_units() / kTile / kWarps);
+  double time = std::max(block / kBlockBytes, weights / kDeviceBytes);
+  if (p.cluster > 1) time += kClusterWait;
+  if (p.slices > 1) {
+    time += kWorkspaceWait + 4. * p.slices * z.tokens * p.columns / kBlockBytes;
+  }
+  return time;
+}
+
+DecodePlan plan_decode(const DecodeSizes& z, const DecodeDevice& device) {
+  DecodePlan best{};
+  double shortest = 0;
+  const int most = divided(z.units, kTile);
+  for (int cluster = 1; cluster <= device.max_cluster; cluster *= 2) {
+    if (cluster > 1 && cluster * 8 > z.h) break;
+    for (int slices = 1; slices <= most && slices * cluster <= device.processors; slices++) {
+      const DecodePlan plan = plan_of(z, device, cluster, slices);
+      if (plan.slices != slices || plan.shared_bytes > size_t(device.shared_bytes)) continue;
+      const double time = estimate(z, plan);
+      if (best.cluster == 0 || time < shortest) {
+        best = plan;
+        shortest = time;
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace pemt_fast::cuda
