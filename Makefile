@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SOURCES := $(sort $(wildcard $(foreach kind,cpp h,csrc/*.$(kind) csrc/*/*.$(kind))))
 FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh tests/helpers/cuda/*)
 SANITIZED := build/sanitizers
-KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases sparsity_rows skill_mixture skill_linear,tests/test_$(name).py))
+KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases sparsity_rows skill_mixture skill_linear linear_mixture,tests/test_$(name).py))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build demo test test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-t5 bench-poly clean

@@ -397,7 +397,7 @@ def test_source_distribution_holds_the_sources_of_the_extension(tmp_path):
     run(*setup, cwd=source, PEMT_FAST_BUILD="0")
     (archive,) = tmp_path.glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")]
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
     assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert "setup.py" in names
 

@@ -144,11 +144,15 @@ def test_spans_cover_the_output_and_fill_the_gpu(T):
 @pytest.mark.parametrize(("kind", "capability", "limit", "instruction"), GPUS, ids=str)
 def test_what_the_compiler_makes_of_every_launch(kind, capability, limit, instruction):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, HELPERS / "triton_offline.py", kind, str(capability)]
+    # Of GPUs whose launches are those of another one or few, a third; TRITON_CASES=all for all.
+    every = 3 if capability in (86, 100) and os.environ.get("TRITON_CASES") != "all" else 1
+    command = [
+        sys.executable, HELPERS / "triton_offline.py", kind, str(capability), "--every", str(every)
+    ]  # fmt: skip
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     kernels = json.loads(finished.stdout)["kernels"]
-    assert len(kernels) > 20
+    assert len(kernels) > 20 // every
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel
         assert kernel["shared"] <= limit, kernel
