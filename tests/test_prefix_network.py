@@ -353,7 +353,7 @@ def search(name, seed):
 def test_the_planted_operator_is_found(name, seed, one_thread):
     found = search(name, seed)
     assert found.operators == (name,)
-    assert found.loss < 0.03  # measured: at most 0.0205
+    assert found.loss < 0.03  # measured: at most 0.0161
 
 
 @every_planted
@@ -361,7 +361,7 @@ def test_the_operator_found_learns_anew_what_the_mixture_learned(name, seed, one
     found = search(name, seed)
     torch.manual_seed(seed + 50)
     anew = planted.learn(planted.network_of(found.operators), found.seeds, found.target)
-    assert anew <= found.loss + 0.03  # measured: at most 0.0173
+    assert anew <= found.loss + 0.03  # measured: at most 0.0183
 
 
 @every_planted
