@@ -67,7 +67,6 @@ def multitask(
     ] = 0.0,
 ) -> None:
     """Compare C-Poly, PEML, LoRA mixtures and others on several tasks, at equal size."""
-    from pemt_fast.methods.linear_config import ALL_LINEAR
     from pemt_fast.training.multi_task import MultiTaskRequest, run_multi_task
     from pemt_fast.training.multi_task_report import table
     from pemt_fast.training.options import TrainOptions
@@ -76,9 +75,8 @@ def multitask(
         learning_rate=lr, steps=steps, epochs=1, batch_size=batch_size, bf16=bf16,
         max_source_length=max_source_length, progress=sys.stderr.isatty(),
     )  # fmt: skip
-    layers = targets if targets == ALL_LINEAR else split_names(targets) or None
     request = MultiTaskRequest(
-        model, split_names(tasks), split_names(methods), data, units, layers,
+        model, split_names(tasks), split_names(methods), data, units, _layers(targets),
         [int(seed) for seed in split_names(seeds)], temperature, options, limit_train, limit_eval,
         data_seed, _settings(settings or []), architecture_share,
     )  # fmt: skip
@@ -112,7 +110,6 @@ def tune_peml(
     bf16: _Bf16 = False,
 ) -> None:
     """Find PEML's sizes and rates for several tasks by validation scores, then test the best."""
-    from pemt_fast.methods.linear_config import ALL_LINEAR
     from pemt_fast.training.hyper_search import HyperSpace
     from pemt_fast.training.options import TrainOptions
     from pemt_fast.training.peml_tune import PemlTuneRequest
@@ -125,7 +122,7 @@ def tune_peml(
     request = PemlTuneRequest(
         model=model, tasks=split_names(tasks), space=HyperSpace.from_dict(_json("--space", space)),
         trials=trials, data_dir=data, temperature=temperature, options=options,
-        target_modules=targets if targets == ALL_LINEAR else split_names(targets) or None,
+        target_modules=_layers(targets),
         limit_train=limit_train, limit_eval=limit_eval, data_seed=data_seed,
         seeds=[int(seed) for seed in split_names(seeds)],
     )  # fmt: skip
@@ -139,6 +136,13 @@ def tune_peml(
         scores = ", ".join(f"{score:.1f}" for score in result["means"])
         console.print(f"\ntest, mean of the tasks by seed, %: {scores}")
         console.print(f"results: {out / 'tuning.json'}, {out / 'best'}")
+
+
+def _layers(targets: str) -> str | list[str] | None:
+    """`target_modules` of a config."""
+    from pemt_fast.methods.linear_config import ALL_LINEAR
+
+    return targets if targets == ALL_LINEAR else split_names(targets) or None
 
 
 def _json(option: str, text: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class PemlModel(LinearAdapterModel):
 
     Attributes:
         base_model, adapter_config: See `AttachedModel`.
-        schedule: Temperature and entropy weight of the moment.
+        schedule: Where the search is: temperature, entropy weight, share of `none`.
     """
 
     adapter_config: PemlConfig
@@ -48,7 +48,7 @@ class PemlModel(LinearAdapterModel):
         self.schedule: SearchSchedule = schedule
 
     def _more_loss(self, state: RoutingState) -> Tensor | None:
-        # In a search, while training: the entropy of the softmax over operators.
+        # In a search, while training: the entropy of the softmax over operators but `none`.
         logits = self.logits() if self.training and self.routing.enabled else []
         if not logits:
             return None
@@ -78,7 +78,7 @@ class PemlModel(LinearAdapterModel):
         return [own.alpha for own in self.logits() if own.alpha.requires_grad]
 
     def search_at(self, progress: float) -> None:
-        """Set temperature and entropy weight for a part of the search.
+        """Set temperature, entropy weight and the share of `none` for a part of the search.
 
         Args:
             progress: 0 at the start, 1 at the end.
@@ -99,7 +99,7 @@ class PemlModel(LinearAdapterModel):
 
     @torch.no_grad()
     def architecture_weights(self) -> list[Tensor]:
-        """`softmax(α / τ) [L, operators]` of each network, or of what they share."""
+        """`Logits.weights()`, `[L, operators]`, of each network, or of what they share."""
         return [own.weights() for own in self.logits()]
 
     def discretise(self) -> None:

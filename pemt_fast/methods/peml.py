@@ -62,7 +62,7 @@ class PemlConfig(LoraConfig):
             attention layer in the model's order). None: they are searched.
         prefix_std: Standard deviation of keys and values at the start, about.
         temperature: Of the softmax over operators at the start and at the end of the search.
-        entropy_weight: Of the entropy of that softmax, a part of its largest value, in the loss at
+        entropy_weight: Of its entropy without `none`, a part of its largest value, in the loss at
             the end of the search; it rises from 0.
         architecture_learning_rate: Of the logits of the softmax.
     """

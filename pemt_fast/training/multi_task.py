@@ -34,7 +34,8 @@ from pemt_fast.training.fit import (
 )
 from pemt_fast.training.multi_task_data import (
     encode_tasks,
-    load_task,
+    load_tasks,
+    require_different,
     score_tasks,
     trainer_data,
 )
@@ -192,10 +193,7 @@ def run_multi_task(
     Raises:
         ValueError: a name, a count or a label does not fit; before anything is trained.
     """
-    for name in ("tasks", "methods", "seeds"):
-        values = getattr(request, name)
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"{name} must hold at least one value, all different, got {values}")
+    require_different(tasks=request.tasks, methods=request.methods, seeds=request.seeds)
     names = [get_task(name).name for name in request.tasks]
     units = request.units or (COMMON + SPECIFIC * len(names)) * RANK
     configs = {
@@ -210,13 +208,10 @@ def run_multi_task(
             f"architecture_share must be from 0 to below 1, got {request.architecture_share}"
         )
     make, tokenizer = load_backbone(request.model)
-    tasks = {
-        name: load_task(
-            name, request.data_dir, seed=request.data_seed, limit_train=request.limit_train,
-            limit_eval=request.limit_eval,
-        )
-        for name in names
-    }  # fmt: skip
+    tasks = load_tasks(
+        names, request.data_dir, seed=request.data_seed, limit_train=request.limit_train,
+        limit_eval=request.limit_eval,
+    )  # fmt: skip
     backbone = Backbone(make, tokenizer, request.model)
     folder, budget = Path(directory), None
     if SIZED & configs.keys():

@@ -33,6 +33,18 @@ def load_task(
     return TaskData(task.name, task.description, splits, task)
 
 
+def load_tasks(names: Sequence[str], *where: Any, **options: Any) -> dict[str, TaskData]:
+    """Several, by name; further arguments as in `load_task`."""
+    return {name: load_task(name, *where, **options) for name in names}
+
+
+def require_different(**lists: Sequence[Any]) -> None:
+    """Raise unless each of the arguments holds a value and none twice."""
+    for name, values in lists.items():
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{name} must hold at least one value, all different, got {values}")
+
+
 def encode_tasks(
     tasks: Mapping[str, TaskData],
     tokenizer: PreTrainedTokenizerBase,

@@ -29,7 +29,8 @@ from pemt_fast.training.hyper_search import HyperResult, HyperSpace, search_hype
 from pemt_fast.training.multi_task import train_mixture
 from pemt_fast.training.multi_task_data import (
     encode_tasks,
-    load_task,
+    load_tasks,
+    require_different,
     score_tasks,
     trainer_data,
 )
@@ -98,19 +99,13 @@ def tune_peml(
         ValueError: an argument does not fit, or the study is of another space or seed.
         RuntimeError: no trial was complete.
     """
-    for name in ("tasks", "seeds"):
-        values = getattr(request, name)
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"{name} must hold at least one value, all different, got {values}")
+    require_different(tasks=request.tasks, seeds=request.seeds)
     names = [get_task(name).name for name in request.tasks]
     make, tokenizer = load_backbone(request.model)
-    tasks = {
-        name: load_task(
-            name, request.data_dir, seed=request.data_seed, limit_train=request.limit_train,
-            limit_eval=request.limit_eval,
-        )
-        for name in names
-    }  # fmt: skip
+    tasks = load_tasks(
+        names, request.data_dir, seed=request.data_seed, limit_train=request.limit_train,
+        limit_eval=request.limit_eval,
+    )  # fmt: skip
     trials = _Trials(Backbone(make, tokenizer, request.model), tasks, request)
     folder = Path(directory)
     _claim(folder, request, names)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`SearchTrainer`: train a `PemlModel` while its architecture is searched.
 
-Each step sets the temperature and the entropy weight of its part of the search; both depend on the
+Each step sets temperature, entropy weight and share of `none` of its part; they depend on the
 step alone, so a resumed search goes on as it would have. Architecture and everything else learn
 together from the training data (single-level), or the architecture from a validation part
 (bi-level, first order): each step then takes the gradient of the architecture from a batch of that

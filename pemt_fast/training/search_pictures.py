@@ -87,7 +87,7 @@ def save_architecture(found: Sequence[Mapping[str, Any]], path: str | os.PathLik
 
     Args:
         found: As `networks` returns them. Of a box as large a part is filled as its operator has of
-            the softmax; the operator with the largest weight of the others is to the right.
+            the weights; the operator with the largest weight of the others is to the right.
         path: Of the PNG.
     """
     from matplotlib.figure import Figure

@@ -156,7 +156,7 @@ def markdown(search: Mapping[str, Any]) -> str:
     )
     versions = ", ".join(f"{k} {v}" for k, v in search["environment"].items() if v)
     return (
-        f"{counted}\n\n{told}\n\nWeights of the softmax over {len(counts)} operators, of "
+        f"{counted}\n\n{told}\n\nWeights of {len(counts)} operators, of "
         f"{search['weights_of']}; entropy as a part of its largest value.\n\n_{versions}_\n"
     )
 
