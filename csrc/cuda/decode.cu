@@ -37,41 +37,20 @@ cudaError_t launch(const Decode& call, const DecodePlan& plan, cudaStream_t stre
   return cudaLaunchKernelEx(&config, kernel, call, plan);
 }
 
-template <class T, bool kAligned>
-cudaError_t launch_tokens(const Decode& call, const DecodePlan& plan, cudaStream_t stream) {
-  switch (plan.tokens) {
-    case 8:
-      return launch<T, 8, kAligned>(call, plan, stream);
-    case 16:
-      return launch<T, 16, kAligned>(call, plan, stream);
-    case 32:
-      return launch<T, 32, kAligned>(call, plan, stream);
-    default:
-      return launch<T, 64, kAligned>(call, plan, stream);
-  }
-}
-
-bool is_aligned(const Decode& c) {
-  const auto fits = [](const void* p) { return (uintptr_t)p % 16 == 0; };
-  return fits(c.x) && fits(c.w_down) && fits(c.w_up) && c.x_row % 8 == 0 && c.d % 8 == 0 &&
-         c.h % 8 == 0;
+template <class T>
+cudaError_t launch(const Decode& call, const DecodePlan& plan, cudaStream_t stream) {
+  return with_instance<T>(call, plan, [&](auto tokens, auto aligned) {
+    return launch<T, decltype(tokens)::value, decltype(aligned)::value>(call, plan, stream);
+  });
 }
 
 }  // namespace
 
 const char* launch_decode(const Decode& call, const DecodePlan& plan, Dtype dtype, void* stream_) {
   const auto stream = (cudaStream_t)stream_;
-  const bool aligned = is_aligned(call);
-  cudaError_t error = cudaSuccess;
-  if (dtype == Dtype::f32) {
-    error = launch_tokens<float, true>(call, plan, stream);
-  } else if (dtype == Dtype::bf16) {
-    error = aligned ? launch_tokens<__nv_bfloat16, true>(call, plan, stream)
-                    : launch_tokens<__nv_bfloat16, false>(call, plan, stream);
-  } else {
-    error = aligned ? launch_tokens<__half, true>(call, plan, stream)
-                    : launch_tokens<__half, false>(call, plan, stream);
-  }
+  const cudaError_t error = dtype == Dtype::f32    ? launch<float>(call, plan, stream)
+                            : dtype == Dtype::bf16 ? launch<__nv_bfloat16>(call, plan, stream)
+                                                   : launch<__half>(call, plan, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

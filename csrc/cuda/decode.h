@@ -77,4 +77,7 @@ struct Decode {
   Activation activation;
 };
 
+// Whether 8 values of 16 bits may be read at a time, from any row.
+bool is_aligned(const Decode& call);
+
 }  // namespace pemt_fast::cuda

@@ -47,6 +47,12 @@ DecodePlan plan_of(const DecodeSizes& z, const DecodeDevice& device, int cluster
   return p;
 }
 
+bool is_aligned(const Decode& c) {
+  const auto fits = [](const void* p) { return (uintptr_t)p % 16 == 0; };
+  return fits(c.x) && fits(c.w_down) && fits(c.w_up) && c.x_row % 8 == 0 && c.d % 8 == 0 &&
+         c.h % 8 == 0;
+}
+
 double estimate(const DecodeSizes& z, const DecodePlan& p) {
   const double size = double(bytes_of(z.dtype));
   const double weights = size * z.units * (double(z.d) + z.h);
