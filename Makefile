@@ -16,8 +16,8 @@ BIN := .venv/bin
 READY := .venv/.pemt_fast-ready
 BUILT := .venv/.pemt_fast-built
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-SOURCES := $(sort $(wildcard $(foreach kind,cpp h,csrc/*.$(kind) csrc/*/*.$(kind))))
-FORMATTED := $(SOURCES) $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh tests/helpers/cuda/*)
+SOURCES := $(sort $(wildcard $(foreach kind,cpp h cu cuh,csrc/*.$(kind) csrc/*/*.$(kind))))
+FORMATTED := $(SOURCES) $(wildcard tests/helpers/cuda/*)
 SANITIZED := build/sanitizers
 KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases sparsity_rows skill_mixture skill_linear linear_mixture,tests/test_$(name).py))
 
@@ -49,7 +49,7 @@ build: $(BUILT)  ## compile the C++ extension again if its sources have changed
 # Apart from the installation above, where pip would compile everything anew in a temporary folder
 # (and which removes the extension). Another torch changes its version.py, and its headers, which
 # ninja follows.
-$(BUILT): $(READY) setup.py $(SOURCES) $(wildcard .venv/lib/python3*/site-packages/torch/version.py)
+$(BUILT): $(READY) setup.py csrc/build_cuda.py $(SOURCES) $(wildcard .venv/lib/python3*/site-packages/torch/version.py)
 	@echo "==> extension pemt_fast._C"
 	@PEMT_FAST_BUILD=$(PEMT_FAST_BUILD) $(BIN)/python setup.py build_ext --inplace
 	@touch $@
@@ -67,7 +67,7 @@ test: $(BUILT)  ## run the tests; those that need a GPU skip themselves where th
 test-sanitizers: $(READY)  ## run the tests of the C++ kernels with AddressSanitizer and UBSan
 	@echo "==> extension with sanitizers in $(SANITIZED)"
 	@rm -rf $(SANITIZED)/lib; mkdir -p $(SANITIZED)
-	@PEMT_FAST_BUILD=1 PEMT_FAST_SANITIZE=address,undefined $(BIN)/python setup.py --quiet \
+	@PEMT_FAST_BUILD=1 PEMT_FAST_CUDA=0 PEMT_FAST_SANITIZE=address,undefined $(BIN)/python setup.py --quiet \
 	  egg_info --egg-base $(SANITIZED) build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	@echo "==> tests with sanitizers"
 	@for library in libasan.so libubsan.so libstdc++.so.6; do \
@@ -122,5 +122,5 @@ bench-poly: $(BUILT)  ## time Poly and MHR against peft, on layers and on T5-bas
 	@$(BIN)/python benchmarks/bench_poly.py $(ARGS)
 
 clean:  ## remove build products and caches; .venv stays
-	rm -rf build dist *.egg-info pemt_fast/_C[._]* $(BUILT) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist *.egg-info pemt_fast/_C[._]* pemt_fast/_cuda[._]* $(BUILT) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,5 @@
-"""Build script: the extension module `pemt_fast._C`; everything else is in pyproject.toml.
+"""Build script: the extension module `pemt_fast._C` and the CUDA library that it loads; everything
+else is in pyproject.toml.
 
 Two environment variables change it:
 
@@ -7,16 +8,21 @@ Two environment variables change it:
     PEMT_FAST_SANITIZE   instrument it, e.g. address,undefined (`make test-sanitizers`)
 
 Without the extension the package is complete but for impl="cpu". Why it is missing is then left in
-`pemt_fast/_C_missing.txt`, where `pemt_fast/ops/extension.py` finds it.
+`pemt_fast/_C_missing.txt`, where `pemt_fast/ops/extension.py` finds it. The library for
+impl="cuda" is compiled where nvcc is, see `csrc/build_cuda.py`.
 """
 
 import os
 import shutil
+import sys
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import build_cuda  # noqa: E402
 
 MODE = os.environ.get("PEMT_FAST_BUILD", "")
 SANITIZE = os.environ.get("PEMT_FAST_SANITIZE", "")
@@ -62,13 +68,20 @@ class BuildOrExplain(build_ext):
             package.mkdir(parents=True, exist_ok=True)
             note.write_text(reason + "\n", encoding="utf-8")
             self.warn(f"pemt_fast._C is not built, impl='cpu' will not run: {reason}")
+        if self.extensions:
+            self.build_cuda_library(package)
+
+    def build_cuda_library(self, package):
+        """Which needs the extension, and this neither torch nor a GPU."""
+        if reason := build_cuda.build(package, Path("build", "cuda")):
+            self.warn(f"pemt_fast/_cuda.so is not built, impl='cuda' will not run: {reason}")
 
 
 flags = ["-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # torch's headers have hundreds of unused parameters.
 flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
 # Not -fopenmp: the OpenMP calls resolve to the runtime that torch has loaded, so there is only one.
-link_flags = []
+link_flags = ["-ldl"]
 if SANITIZE:
     flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
     # Finds nothing that AddressSanitizer does not find, and doubles the time to compile.
@@ -79,8 +92,8 @@ else:
 
 extension = Extension(
     "pemt_fast._C",
-    sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-    depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
+    sources=sorted(glob("csrc/*.cpp") + glob("csrc/*/*.cpp")),
+    depends=sorted(glob("csrc/*.h") + glob("csrc/*/*.h")),
     extra_compile_args=flags,
     extra_link_args=link_flags,
 )

@@ -327,15 +327,31 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     source = copied_sources(folder)
     (source / PACKAGE / f"_C{SUFFIX}").write_text("of an earlier build")
     (source / PACKAGE / "_C_missing.txt").write_text("of an earlier build")
+    (source / PACKAGE / "_cuda.so").write_text("of an earlier build")
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps")
     run(*pip, "--wheel-dir", folder, source, cwd=folder, **environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
+def fake_cuda(folder: Path, compile: str = 'echo compiled > "$2"') -> Path:
+    """A home of CUDA whose nvcc compiles in no time; `test_build_cuda.py` has more of them."""
+    nvcc = folder / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        '#!/bin/sh\ncase "$1" in\n--version) echo "release 13.0, V13.0.88";;\n'
+        "--list-gpu-arch) echo compute_80;;\n"
+        f'*) while [ "$1" != -o ]; do shift; done; {compile};;\nesac\n'
+    )
+    nvcc.chmod(0o755)
+    return folder / "cuda"
+
+
 @pytest.fixture(scope="module")
 def compiled_wheel(tmp_path_factory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp("compiled"), PEMT_FAST_BUILD="1")
+    folder = tmp_path_factory.mktemp("compiled")
+    home = fake_cuda(folder)
+    return build_wheel(folder, PEMT_FAST_BUILD="1", CUDA_HOME=str(home))
 
 
 @pytest.fixture(scope="module")
@@ -344,21 +360,21 @@ def plain_wheel(tmp_path_factory) -> Path:
 
 
 WHEELS = [
-    pytest.param("compiled_wheel", f"_C{SUFFIX}", marks=needs_compiler),
-    ("plain_wheel", "_C_missing.txt"),
+    pytest.param("compiled_wheel", {f"_C{SUFFIX}", "_cuda.so"}, marks=needs_compiler),
+    ("plain_wheel", {"_C_missing.txt"}),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wheel", "extension"), WHEELS)
-def test_wheel_holds_the_package_and_nothing_else(wheel, extension, request):
+@pytest.mark.parametrize(("wheel", "built"), WHEELS)
+def test_wheel_holds_the_package_and_nothing_else(wheel, built, request):
     names = zipfile.ZipFile(request.getfixturevalue(wheel)).namelist()
     expected = {name.replace(".", "/") + "/" for name in listed_packages()}
     assert {name[: name.rindex("/") + 1] for name in names if name.endswith(".py")} == expected
     assert f"{PACKAGE}/ops/reference.py" in names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {PACKAGE}
     others = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}
-    assert others == {f"{PACKAGE}/py.typed", f"{PACKAGE}/{extension}"}
+    assert others == {f"{PACKAGE}/{name}" for name in {"py.typed", *built}}
 
 
 def smoke_test(wheel: Path, folder: Path) -> dict[str, str]:
@@ -397,7 +413,9 @@ def test_source_distribution_holds_the_sources_of_the_extension(tmp_path):
     run(*setup, cwd=source, PEMT_FAST_BUILD="0")
     (archive,) = tmp_path.glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    sources = [
+        p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh", ".py")
+    ]
     assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert "setup.py" in names
 
@@ -411,7 +429,8 @@ def small_source(tmp_path) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / PACKAGE).mkdir()
-    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    shutil.copy(ROOT / "csrc" / "build_cuda.py", tmp_path / "csrc")
     (tmp_path / "csrc" / "module.cpp").write_text(
         "#include <Python.h>\nPyMODINIT_FUNC PyInit__C() { return nullptr; }\n"
     )
@@ -420,7 +439,8 @@ def small_source(tmp_path) -> Path:
 
 def build_in_place(source: Path, **environment: str) -> str:
     """Build the extension beside the Python files; returns what was printed."""
-    done = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, **environment)
+    command = (sys.executable, "setup.py", "build_ext", "--inplace")
+    done = run(*command, cwd=source, **{"PEMT_FAST_CUDA": "0", **environment})
     return done.stdout + done.stderr
 
 
@@ -471,3 +491,19 @@ def test_extension_that_is_built_removes_the_reason(small_source):
     build_in_place(small_source)
     assert (small_source / PACKAGE / f"_C{SUFFIX}").exists()
     assert not note.exists()
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("fails", [False, True])
+def test_cuda_kernels_that_cannot_be_built_leave_the_extension_and_the_reason(small_source, fails):
+    compile = "echo 'unsupported GNU version' >&2; exit 1" if fails else 'echo compiled > "$2"'
+    home = fake_cuda(small_source, compile)
+    printed = build_in_place(
+        small_source, PEMT_FAST_BUILD="1", PEMT_FAST_CUDA="", CUDA_HOME=str(home)
+    )
+    package = small_source / PACKAGE
+    assert (package / f"_C{SUFFIX}").exists()
+    assert (package / "_cuda.so").exists() == (not fails)
+    assert (package / "_cuda_missing.txt").exists() == fails
+    assert ("impl='cuda' will not run: " in printed) == fails

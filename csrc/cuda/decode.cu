@@ -10,48 +10,96 @@
 namespace pemt_fast::cuda {
 namespace {
 
+constexpr int kMostPortable = 8;  // blocks of a cluster on every device that has clusters
+
 extern __shared__ __align__(16) char shared_memory[];
 
 template <class T, int kTokens, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1)
-    decode(const __grid_constant__ Decode call, const __grid_constant__ DecodePlan plan) {
-  decode_block<T, kTokens, kAligned>(call, plan, shared_memory);
+    decode(const __grid_constant__ Decode call, const __grid_constant__ DecodePlans plans) {
+  decode_block<T, kTokens, kAligned>(call, plans, shared_memory);
 }
 
 template <class T, int kTokens, bool kAligned>
-cudaError_t launch(const Decode& call, const DecodePlan& plan, cudaStream_t stream) {
+cudaError_t prepare(int shared_bytes, int* max_cluster) {
   const auto kernel = decode<T, kTokens, kAligned>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           int(plan.shared_bytes));
+  cudaFuncAttributes found{};
+  cudaError_t error = cudaFuncGetAttributes(&found, kernel);
   if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess || *max_cluster == 1) return error;
+  // Machine code made from that of older devices has no clusters.
+  if (found.ptxVersion < 90) {
+    *max_cluster = 1;
+    return cudaSuccess;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kMostPortable);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  int size = 1;
+  error = cudaOccupancyMaxPotentialClusterSize(&size, kernel, &config);
+  while (*max_cluster > size) *max_cluster /= 2;
+  return error;
+}
+
+template <class T>
+cudaError_t prepare_tokens(int shared_bytes, int* max_cluster) {
+  cudaError_t error = cudaSuccess;
+  const auto also = [&](cudaError_t (*next)(int, int*)) {
+    if (error == cudaSuccess) error = next(shared_bytes, max_cluster);
+  };
+  also(prepare<T, 8, true>), also(prepare<T, 16, true>);
+  also(prepare<T, 32, true>), also(prepare<T, 64, true>);
+  if constexpr (sizeof(T) == 2) {
+    also(prepare<T, 8, false>), also(prepare<T, 16, false>);
+    also(prepare<T, 32, false>), also(prepare<T, 64, false>);
+  }
+  return error;
+}
+
+template <class T, int kTokens, bool kAligned>
+cudaError_t launch(const Decode& call, const DecodePlans& plans, cudaStream_t stream) {
+  const DecodePlan& plan = plans.mixture;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {unsigned(plan.cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(plan.cluster * plan.slices));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = plan.shared_bytes;
+  config.dynamicSmemBytes = plans.shared_bytes();
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = plan.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, call, plan);
+  return cudaLaunchKernelEx(&config, decode<T, kTokens, kAligned>, call, plans);
 }
 
 template <class T>
-cudaError_t launch(const Decode& call, const DecodePlan& plan, cudaStream_t stream) {
-  return with_instance<T>(call, plan, [&](auto tokens, auto aligned) {
-    return launch<T, decltype(tokens)::value, decltype(aligned)::value>(call, plan, stream);
+cudaError_t launch(const Decode& call, const DecodePlans& plans, cudaStream_t stream) {
+  return with_instance<T>(call, plans, [&](auto tokens, auto aligned) {
+    return launch<T, decltype(tokens)::value, decltype(aligned)::value>(call, plans, stream);
   });
 }
 
 }  // namespace
 
-const char* launch_decode(const Decode& call, const DecodePlan& plan, Dtype dtype, void* stream_) {
-  const auto stream = (cudaStream_t)stream_;
-  const cudaError_t error = dtype == Dtype::f32    ? launch<float>(call, plan, stream)
-                            : dtype == Dtype::bf16 ? launch<__nv_bfloat16>(call, plan, stream)
-                                                   : launch<__half>(call, plan, stream);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+cudaError_t prepare_decode(int shared_bytes, int* max_cluster) {
+  *max_cluster = min(*max_cluster, kMostPortable);
+  cudaError_t error = prepare_tokens<float>(shared_bytes, max_cluster);
+  if (error == cudaSuccess) error = prepare_tokens<BFloat16>(shared_bytes, max_cluster);
+  if (error == cudaSuccess) error = prepare_tokens<Float16>(shared_bytes, max_cluster);
+  return error;
+}
+
+cudaError_t launch_decode(const Decode& call, const DecodePlans& plans, cudaStream_t stream) {
+  switch (call.dtype) {
+    case Dtype::bf16:
+      return launch<BFloat16>(call, plans, stream);
+    case Dtype::f16:
+      return launch<Float16>(call, plans, stream);
+    default:
+      return launch<float>(call, plans, stream);
+  }
 }
 
 }  // namespace pemt_fast::cuda

@@ -15,6 +15,8 @@ DEVICE float activated(float z, Activation activation) {
       return z < 0.f ? 0.f : z;  // what is not a number stays so
     case Activation::gelu:
       return 0.5f * z * complementary_error(-0.70710678f * z);
+    case Activation::gelu_tanh:
+      return 0.5f * z * (1.f + hyperbolic_tangent(0.79788456f * (z + 0.044715f * z * z * z)));
     case Activation::silu:
       return z / (1.f + exponential(-z));
     default:
@@ -22,41 +24,98 @@ DEVICE float activated(float z, Activation activation) {
   }
 }
 
+DEVICE float value_at(const Values& values, int64_t i) {
+  switch (values.dtype) {
+    case Dtype::bf16:
+      return to_float(((const BFloat16*)values.data)[i]);
+    case Dtype::f16:
+      return to_float(((const Float16*)values.data)[i]);
+    default:
+      return ((const float*)values.data)[i];
+  }
+}
+
+// The mixture, or the target adapter as if it were one.
 template <class T>
 struct DecodeBlock {
   const Decode& call;
   const DecodePlan& plan;
-  float* sums;    // [part][own unit or column][token]
-  T* hidden;      // [token][unit], rows of units + 8
-  int* poisoned;  // [token]
-  int* careful;   // whether some gate is 0
+  const Adapters& adapters;
+  const T* x;
+  int64_t x_row;
+  int d;
+  Values base;
+  int64_t base_row;
+  float* sums;           // [part][own unit or column][token]
+  int* poisoned;         // [token]
+  int* flag;             // of the block
+  int* adapter_of_unit;  // [unit] of the slice
+  T* hidden;             // [token][unit], rows of units + 8
   int slice, rank;
 
-  DEVICE DecodeBlock(const Decode& c, const DecodePlan& p, char* shared)
-      : call(c), plan(p), slice(block_index() / p.cluster), rank(block_index() % p.cluster) {
+  DEVICE DecodeBlock(const Decode& c, const DecodePlan& p, bool target, char* shared)
+      : call(c), plan(p), adapters(target ? c.target : c.mixture) {
+    x = (const T*)(target ? c.out : c.x);
+    x_row = target ? c.h : c.x_row;
+    d = target ? c.h : c.d;
+    base = target ? Values{c.out, c.dtype} : c.base;
+    base_row = target ? c.h : c.base_row;
+    slice = target ? 0 : block_index() / p.cluster;
+    rank = block_index() % p.cluster;
     const size_t down = size_t(p.tokens) * p.parts_d * p.own_units() * 4;
     const size_t up = size_t(p.tokens) * p.parts_n * p.pass * 4;
     sums = (float*)shared;
     poisoned = (int*)(shared + (down > up ? down : up));
-    careful = poisoned + p.tokens;
-    hidden = (T*)(careful + 4);
+    flag = poisoned + p.tokens;
+    adapter_of_unit = flag + 4;
+    hidden = (T*)(adapter_of_unit + p.units);
   }
 
   DEVICE int hidden_row() const { return plan.units + 8; }
   DEVICE int first_unit() const { return slice * plan.units; }
   DEVICE float gate(int token, int adapter) const {
-    return call.gate[token / call.tokens_per_gate * call.adapters + adapter];
+    if (adapters.gate.data == nullptr) return adapters.scale;
+    return value_at(adapters.gate,
+                    int64_t(token / adapters.tokens_per_gate) * adapters.adapters + adapter);
+  }
+  // Whose unit it is, of the slice.
+  DEVICE int adapter_of(int unit) const { return adapter_of_unit[unit - first_unit()]; }
+  DEVICE void sync_all() const {
+    if (plan.cluster > 1) {
+      sync_cluster();
+    } else {
+      sync_block();
+    }
   }
 
-  // A gate that is 0 must keep out what is not finite behind it; without one there is nothing to
-  // do.
-  DEVICE void look_at_gates() {
+  DEVICE int found_adapter(int unit) const {
+    if (adapters.rank > 0) return min_of(unit / adapters.rank, adapters.adapters - 1);
+    int low = 0, high = adapters.adapters - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (unit < call.ends[middle]) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    return low;
+  }
+
+  // Whose units these are, and whether some gate is 0: it must keep out what is not finite behind
+  // it, and without one there is nothing to do.
+  DEVICE void prepare() {
     for (int t = thread(); t < plan.tokens; t += kThreads) poisoned[t] = 0;
-    if (thread() == 0) *careful = 0;
+    for (int u = thread(); u < plan.units; u += kThreads) {
+      adapter_of_unit[u] = found_adapter(first_unit() + u);
+    }
+    if (thread() == 0) *flag = adapters.gate.data == nullptr && adapters.scale == 0.f;
     sync_block();
-    const int rows = call.tokens / call.tokens_per_gate * call.adapters;
-    for (int i = thread(); i < rows; i += kThreads) {
-      if (call.gate[i] == 0.f) *careful = 1;
+    if (adapters.gate.data != nullptr) {
+      const int gates = call.tokens / adapters.tokens_per_gate * adapters.adapters;
+      for (int i = thread(); i < gates; i += kThreads) {
+        if (value_at(adapters.gate, i) == 0.f) *flag = 1;
+      }
     }
     sync_block();
   }
@@ -68,31 +127,27 @@ struct DecodeBlock {
     for (int i = thread(); i < own * plan.tokens; i += kThreads) {
       const int token = i / own, u = i % own, unit = first_unit() + rank * own + u;
       float value = 0.f;
-      if (token < call.tokens && unit < call.units) {
-        const float g = gate(token, call.adapter_of_unit[unit]);
-        float z = call.b_down ? call.b_down[unit] : 0.f;
+      if (token < call.tokens && unit < adapters.units) {
+        const float g = gate(token, adapter_of(unit));
+        float z = adapters.b_down.data ? value_at(adapters.b_down, unit) : 0.f;
         for (int part = 0; part < plan.parts_d; part++) {
           z += sums[(part * own + u) * plan.tokens + token];
         }
-        value = g == 0.f ? 0.f : activated(z, call.activation) * g;
+        value = g == 0.f ? 0.f : activated(z, adapters.activation) * g;
       }
       const T rounded = from_float<T>(value);
       for (int to = 0; to < plan.cluster; to++) {
         peer(hidden, to)[token * hidden_row() + rank * own + u] = rounded;
       }
     }
-    if (plan.cluster > 1) {
-      sync_cluster();
-    } else {
-      sync_block();
-    }
+    sync_all();
   }
 
   // A weight that is not finite: who uses its adapter gets no finite result, who does not must not
   // meet it.
   DEVICE void poison(int unit) {
     for (int t = 0; t < call.tokens; t++) {
-      if (gate(t, call.adapter_of_unit[unit]) != 0.f) poisoned[t] = 1;
+      if (gate(t, adapter_of(unit)) != 0.f) poisoned[t] = 1;
     }
   }
 
@@ -117,9 +172,22 @@ struct DecodeBlock {
     }
   }
 
-  // The block that comes last adds up the slices, in their order.
+  // Whether the other clusters have written their sums; the counter is 0 again then.
+  DEVICE bool comes_last() {
+    make_visible();
+    sync_all();
+    if (rank == 0 && thread() == 0) {
+      const bool last = count_up(call.ticket) == unsigned(plan.slices - 1);
+      if (last) *call.ticket = 0;
+      for (int to = 0; to < plan.cluster; to++) *peer(flag, to) = last;
+    }
+    sync_all();
+    make_visible();
+    return *flag != 0;
+  }
+
+  // The cluster that comes last adds up the slices, in their order.
   DEVICE void add_slices() {
-    if (!arrives_last(call.tickets + rank, plan.slices, careful)) return;
     const int first = rank * plan.columns, columns = end() - first;
     for (int i = thread(); i < columns * call.tokens; i += kThreads) {
       const int token = i / columns, column = first + i % columns;
@@ -133,13 +201,13 @@ struct DecodeBlock {
   }
 
   DEVICE void write(int token, int column, float value) {
-    if (call.b_up) {
-      for (int e = 0; e < call.adapters; e++) {
+    if (adapters.b_up.data) {
+      for (int e = 0; e < adapters.adapters; e++) {
         const float g = gate(token, e);
-        if (g != 0.f) value += g * call.b_up[int64_t(e) * call.h + column];
+        if (g != 0.f) value += g * value_at(adapters.b_up, int64_t(e) * call.h + column);
       }
     }
-    if (call.base) value += to_float(((const T*)call.base)[token * call.base_row + column]);
+    if (base.data) value += value_at(base, token * base_row + column);
     ((T*)call.out)[int64_t(token) * call.h + column] = from_float<T>(value);
   }
 };

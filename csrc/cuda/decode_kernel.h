@@ -10,11 +10,11 @@
 
 namespace pemt_fast::cuda {
 
+// Whether this block has a part in what follows.
 template <class T, int kTokens, bool kAligned>
-DEVICE void decode_block(const Decode& call, const DecodePlan& plan, char* shared) {
-  DecodeBlock<T> b(call, plan, shared);
-  if (plan.cluster > 1) sync_cluster();  // no block may write into one that has not begun
-  b.look_at_gates();
+DEVICE bool run_stage(DecodeBlock<T>& b) {
+  const DecodePlan& plan = b.plan;
+  b.prepare();
   if constexpr (sizeof(T) == 4) {
     down_products_f32<kTokens>(b);
   } else {
@@ -25,6 +25,8 @@ DEVICE void decode_block(const Decode& call, const DecodePlan& plan, char* share
   for (int first = b.rank * plan.columns; first < b.end(); first += plan.pass) {
     if constexpr (sizeof(T) == 4) {
       up_products_f32<kTokens>(b, first);
+    } else if (b.adapters.transposed) {
+      up_products_transposed<T, kTokens, kAligned>(b, first);
     } else {
       up_products<T, kTokens, kAligned>(b, first);
     }
@@ -32,14 +34,29 @@ DEVICE void decode_block(const Decode& call, const DecodePlan& plan, char* share
     b.finish_pass(first);
     sync_block();
   }
-  if (plan.slices > 1) b.add_slices();
+  if (plan.slices == 1) return true;
+  if (!b.comes_last()) return false;
+  b.add_slices();
+  return true;
+}
+
+template <class T, int kTokens, bool kAligned>
+DEVICE void decode_block(const Decode& call, const DecodePlans& plans, char* shared) {
+  if (plans.mixture.cluster > 1) sync_cluster();  // no block may write into one that has not begun
+  const int stages = call.target.units > 0 ? 2 : 1;
+  for (int stage = 0; stage < stages; stage++) {
+    DecodeBlock<T> b(call, stage == 0 ? plans.mixture : plans.target, stage == 1, shared);
+    if (!run_stage<T, kTokens, kAligned>(b)) return;
+    // The target adapter reads what all blocks of the cluster have written.
+    if (stage + 1 < stages) b.sync_all();
+  }
 }
 
 // Calls `use` with the number of tokens and the alignment of the instance for a call, as types.
 template <class T, class Use>
-auto with_instance(const Decode& call, const DecodePlan& plan, Use use) {
+auto with_instance(const Decode& call, const DecodePlans& plans, Use use) {
   const auto with_tokens = [&](auto aligned) {
-    switch (plan.tokens) {
+    switch (plans.mixture.tokens) {
       case 8:
         return use(std::integral_constant<int, 8>(), aligned);
       case 16:

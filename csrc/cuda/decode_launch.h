@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-//
-// The way from the upper storey to the decode kernel, without headers of CUDA.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include "decode.h"
 
 namespace pemt_fast::cuda {
 
-// Launches a call on a stream (a cudaStream_t); waits for nothing. Returns what went wrong, or
-// null.
-const char* launch_decode(const Decode& call, const DecodePlan& plan, Dtype dtype, void* stream);
+// Makes all instances ready on the current device; blocks of a cluster, 1 without clusters.
+cudaError_t prepare_decode(int shared_bytes, int* max_cluster);
+
+cudaError_t launch_decode(const Decode& call, const DecodePlans& plans, cudaStream_t stream);
 
 }  // namespace pemt_fast::cuda

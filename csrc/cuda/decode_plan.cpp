@@ -17,8 +17,7 @@ constexpr double kDeviceBytes = 4.3e6;
 // Microseconds: waiting for the blocks of a cluster; a workspace written, counted and read.
 constexpr double kClusterWait = 1.0, kWorkspaceWait = 2.0;
 
-}  // namespace
-
+// Of the mixture, or of the target adapter as if it were one.
 DecodePlan plan_of(const DecodeSizes& z, const DecodeDevice& device, int cluster, int slices) {
   DecodePlan p{};
   p.cluster = cluster;
@@ -28,7 +27,8 @@ DecodePlan plan_of(const DecodeSizes& z, const DecodeDevice& device, int cluster
   p.tokens = 8;
   while (p.tokens < z.tokens) p.tokens *= 2;
   const size_t tokens = size_t(p.tokens);
-  const size_t hidden = tokens * size_t(p.units + 8) * bytes_of(z.dtype) + tokens * 4 + 16;
+  size_t hidden = tokens * size_t(p.units + 8) * bytes_of(z.dtype);
+  hidden += (tokens + size_t(p.units)) * 4 + 16;
   // Sums of both products lie in the same place, one after the other: of as many warps as fit.
   const auto warps_for = [&](size_t rows) {
     const size_t all = size_t(device.shared_bytes), room = all > hidden ? all - hidden : 0;
@@ -43,17 +43,10 @@ DecodePlan plan_of(const DecodeSizes& z, const DecodeDevice& device, int cluster
   p.shared_bytes = std::max(down, up) + hidden;
   const bool summed = p.slices > 1;
   p.workspace_bytes = summed ? size_t(p.slices) * size_t(z.tokens) * size_t(z.h) * 4 : 0;
-  p.tickets = summed ? p.cluster : 0;
   return p;
 }
 
-bool is_aligned(const Decode& c) {
-  const auto fits = [](const void* p) { return (uintptr_t)p % 16 == 0; };
-  return fits(c.x) && fits(c.w_down) && fits(c.w_up) && c.x_row % 8 == 0 && c.d % 8 == 0 &&
-         c.h % 8 == 0;
-}
-
-double estimate(const DecodeSizes& z, const DecodePlan& p) {
+double estimate_of(const DecodeSizes& z, const DecodePlan& p) {
   const double size = double(bytes_of(z.dtype));
   const double weights = size * z.units * (double(z.d) + z.h);
   double block = size * (double(p.own_units()) * z.d + double(p.units) * p.columns);
@@ -66,18 +59,47 @@ double estimate(const DecodeSizes& z, const DecodePlan& p) {
   return time;
 }
 
-DecodePlan plan_decode(const DecodeSizes& z, const DecodeDevice& device) {
-  DecodePlan best{};
+DecodeSizes target_of(const DecodeSizes& z) {
+  return {z.tokens, z.h, z.h, z.target_units, 0, z.dtype};
+}
+
+}  // namespace
+
+DecodePlans plans_of(const DecodeSizes& z, const DecodeDevice& device, int cluster, int slices) {
+  DecodePlans plans{plan_of(z, device, cluster, slices), {}};
+  if (z.target_units > 0) plans.target = plan_of(target_of(z), device, cluster, 1);
+  return plans;
+}
+
+bool is_aligned(const Decode& c) {
+  const auto fits = [](const void* p) { return (uintptr_t)p % 16 == 0; };
+  const auto all_fit = [&](const Adapters& a) {
+    return fits(a.w_down) && fits(a.w_up) && (!a.transposed || a.units % 8 == 0);
+  };
+  const bool target = c.target.units == 0 || (all_fit(c.target) && fits(c.out));
+  return all_fit(c.mixture) && target && fits(c.x) && c.x_row % 8 == 0 && c.d % 8 == 0 &&
+         c.h % 8 == 0;
+}
+
+double estimate(const DecodeSizes& z, const DecodePlans& plans) {
+  const double mixture = estimate_of(z, plans.mixture);
+  return z.target_units > 0 ? mixture + estimate_of(target_of(z), plans.target) : mixture;
+}
+
+DecodePlans plan_decode(const DecodeSizes& z, const DecodeDevice& device, bool may_slice) {
+  DecodePlans best{};
   double shortest = 0;
-  const int most = divided(z.units, kTile);
+  const int most = may_slice ? divided(z.units, kTile) : 1;
   for (int cluster = 1; cluster <= device.max_cluster; cluster *= 2) {
     if (cluster > 1 && cluster * 8 > z.h) break;
     for (int slices = 1; slices <= most && slices * cluster <= device.processors; slices++) {
-      const DecodePlan plan = plan_of(z, device, cluster, slices);
-      if (plan.slices != slices || plan.shared_bytes > size_t(device.shared_bytes)) continue;
-      const double time = estimate(z, plan);
-      if (best.cluster == 0 || time < shortest) {
-        best = plan;
+      const DecodePlans plans = plans_of(z, device, cluster, slices);
+      if (plans.mixture.slices != slices || plans.shared_bytes() > size_t(device.shared_bytes)) {
+        continue;
+      }
+      const double time = estimate(z, plans);
+      if (best.mixture.cluster == 0 || time < shortest) {
+        best = plans;
         shortest = time;
       }
     }

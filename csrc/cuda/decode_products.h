@@ -32,59 +32,121 @@ DEVICE uint32_t half_of(const Eight& values, int i) {
   return (values.word[i / 2] >> (i % 2 * 16)) & 0xffffu;
 }
 
-// Zeros in the place of what is not finite; whether there was something.
+// Zeros in the place of what is not finite; bit i says that value i was not.
 template <class T>
-DEVICE bool make_finite(Eight& values) {
+DEVICE uint32_t make_finite(Eight& values) {
   const uint32_t exponent = exponent_bits<T>();
-  bool found = false;
+  uint32_t found = 0;
   for (int i = 0; i < 4; i++) {
     const bool low = (values.word[i] & exponent) == exponent;
     const bool high = (values.word[i] >> 16 & exponent) == exponent;
     if (low) values.word[i] &= 0xffff0000u;
     if (high) values.word[i] &= 0x0000ffffu;
-    found |= low || high;
+    found |= (uint32_t(low) | uint32_t(high) << 1) << (2 * i);
   }
   return found;
 }
 
-// Sums over a part of D of 16 units for all tokens; lane = 4 * g + i.
-template <class T, int kTokens, bool kAligned>
-DEVICE void down_products(const DecodeBlock<T>& b) {
+// Rows of a first factor, tokens of a second one, and where their sums go: [part][row][token].
+struct Dots {
+  const uint16_t* weights;
+  int64_t weights_row;
+  int first, end;  // rows there are; the tiles begin at `first`
+  const uint16_t* x;
+  int64_t x_row;
+  int tokens;  // there are
+  int terms;
+  int tiles, parts;
+  float* sums;
+  int sums_rows;
+};
+
+// Weights whose rows lie along the sums, in tiles of 16 rows for all tokens; lane = 4 * g + i.
+// `mend` sees the weights of 8 terms before they are used.
+template <class T, int kTokens, bool kAligned, class Mend>
+DEVICE void dot_products(const Dots& d, Mend mend) {
   constexpr int kEights = kTokens / 8;
-  const Decode& c = b.call;
-  const int own = b.plan.own_units(), tiles = own / kTile, parts = b.plan.parts_d;
-  const int chunks = (c.d + 31) / 32, g = lane() / 4, i = lane() % 4;
-  const auto* w_down = (const uint16_t*)c.w_down;
-  const auto* x = (const uint16_t*)c.x;
-  for (int item = warp(); item < tiles * parts; item += kWarps) {
-    const int tile = item / parts, part = item % parts;
-    const int unit = b.first_unit() + b.rank * own + tile * kTile + g;
+  const int chunks = (d.terms + 31) / 32, g = lane() / 4, i = lane() % 4;
+  for (int item = warp(); item < d.tiles * d.parts; item += kWarps) {
+    const int tile = item / d.parts, part = item % d.parts;
+    const int row = d.first + tile * kTile + g;
     float acc[kEights][4] = {};
-    for (int chunk = chunks * part / parts; chunk < chunks * (part + 1) / parts; chunk++) {
+    for (int chunk = chunks * part / d.parts; chunk < chunks * (part + 1) / d.parts; chunk++) {
       const int at = chunk * 32 + i * 8;
-      const Eight low =
-          unit < c.units ? eight<kAligned>(w_down + int64_t(unit) * c.d, at, c.d) : nothing();
-      const Eight high = unit + 8 < c.units
-                             ? eight<kAligned>(w_down + int64_t(unit + 8) * c.d, at, c.d)
-                             : nothing();
+      Eight low = nothing(), high = nothing();
+      if (row < d.end) low = eight<kAligned>(d.weights + row * d.weights_row, at, d.terms);
+      if (row + 8 < d.end) {
+        high = eight<kAligned>(d.weights + (row + 8) * d.weights_row, at, d.terms);
+      }
+      mend(low, at);
+      mend(high, at);
       for (int e = 0; e < kEights; e++) {
         const int token = e * 8 + g;
         const Eight values =
-            token < c.tokens ? eight<kAligned>(x + token * c.x_row, at, c.d) : nothing();
+            token < d.tokens ? eight<kAligned>(d.x + token * d.x_row, at, d.terms) : nothing();
         multiply<T>(acc[e], low.word[0], high.word[0], low.word[1], high.word[1], values.word[0],
                     values.word[1]);
         multiply<T>(acc[e], low.word[2], high.word[2], low.word[3], high.word[3], values.word[2],
                     values.word[3]);
       }
     }
-    float* sums = b.sums + (part * own + tile * kTile + g) * kTokens + 2 * i;
-    for (int e = 0; e < kEights; e++) {
-      sums[e * 8] = acc[e][0];
-      sums[e * 8 + 1] = acc[e][1];
-      sums[8 * kTokens + e * 8] = acc[e][2];
-      sums[8 * kTokens + e * 8 + 1] = acc[e][3];
+    for (int half = 0; half < 2; half++) {
+      const int to = tile * kTile + g + half * 8;
+      if (to >= d.sums_rows) continue;
+      float* sums = d.sums + (part * d.sums_rows + to) * kTokens + 2 * i;
+      for (int e = 0; e < kEights; e++) {
+        sums[e * 8] = acc[e][2 * half];
+        sums[e * 8 + 1] = acc[e][2 * half + 1];
+      }
     }
   }
+}
+
+// Of the units of this block.
+template <class T, int kTokens, bool kAligned>
+DEVICE void down_products(const DecodeBlock<T>& b) {
+  const int own = b.plan.own_units(), first = b.first_unit() + b.rank * own;
+  const auto* w_down = (const uint16_t*)b.adapters.w_down;
+  const Dots dots{w_down,
+                  b.d,
+                  first,
+                  b.adapters.units,
+                  (const uint16_t*)b.x,
+                  b.x_row,
+                  b.call.tokens,
+                  b.d,
+                  own / kTile,
+                  b.plan.parts_d,
+                  b.sums,
+                  own};
+  dot_products<T, kTokens, kAligned>(dots, [](Eight&, int) {});
+}
+
+// Of the columns of a pass, where w_up is [H, N].
+template <class T, int kTokens, bool kAligned>
+DEVICE void up_products_transposed(DecodeBlock<T>& b, int first) {
+  const int end = min_of(first + b.plan.pass, b.end());
+  const auto* w_up = (const uint16_t*)b.adapters.w_up + b.first_unit();
+  const Dots dots{w_up,
+                  b.adapters.units,
+                  first,
+                  end,
+                  (const uint16_t*)b.hidden,
+                  b.hidden_row(),
+                  kTokens,
+                  min_of(b.plan.units, b.adapters.units - b.first_unit()),
+                  (b.plan.pass + kTile - 1) / kTile,
+                  b.plan.parts_n,
+                  b.sums,
+                  b.plan.pass};
+  const bool careful = *b.flag != 0;
+  dot_products<T, kTokens, kAligned>(dots, [&](Eight& weights, int at) {
+    if (!careful) return;
+    const uint32_t found = make_finite<T>(weights);
+    for (int i = 0; found >> i != 0; i++) {
+      if (found >> i & 1) b.poison(b.first_unit() + at + i);
+    }
+  });
 }
 
 // Sums over a part of the slice's units of 64 columns for all tokens, the columns of a pass. The
@@ -97,20 +159,27 @@ DEVICE void up_products(DecodeBlock<T>& b, int first) {
   const int parts = b.plan.parts_n, tiles = b.plan.pass_tiles();
   const int steps = b.plan.units / kTile, g = lane() / 4, i = lane() % 4;
   const int end = min_of(first + b.plan.pass, b.end());
-  const auto* w_up = (const uint16_t*)c.w_up;
-  const bool careful = *b.careful != 0;
+  const auto* w_up = (const uint16_t*)b.adapters.w_up;
+  const bool careful = *b.flag != 0;
   for (int item = warp(); item < tiles * parts; item += kWarps) {
     const int tile = item / parts, part = item % parts;
     const int column = first + tile * kTileColumns + g * 8;
     float acc[4][kEights][4] = {};
     for (int step = steps * part / parts; step < steps * (part + 1) / parts; step++) {
+      const int unit = b.first_unit() + step * kTile + 2 * i;
       Eight rows[4];
-      for (int r = 0; r < 4; r++) {
-        const int unit = b.first_unit() + step * kTile + 2 * i + r % 2 + r / 2 * 8;
-        rows[r] = unit < c.units && column < end
-                      ? eight<kAligned>(w_up + int64_t(unit) * c.h, column, end)
+      UNROLL for (int r = 0; r < 4; r++) {
+        const int own = unit + r % 2 + r / 2 * 8;
+        rows[r] = own < b.adapters.units && column < end
+                      ? eight<kAligned>(w_up + int64_t(own) * c.h, column, end)
                       : nothing();
-        if (careful && make_finite<T>(rows[r])) b.poison(unit);
+      }
+      if (careful) {
+        uint32_t found = 0;
+        UNROLL for (int r = 0; r < 4; r++) found |= uint32_t(make_finite<T>(rows[r]) != 0) << r;
+        for (int r = 0; found >> r != 0; r++) {
+          if (found >> r & 1) b.poison(unit + r % 2 + r / 2 * 8);
+        }
       }
       uint32_t units[kEights][2];
       for (int e = 0; e < kEights; e++) {
@@ -118,7 +187,7 @@ DEVICE void up_products(DecodeBlock<T>& b, int first) {
         units[e][0] = two(from);
         units[e][1] = two(from + 8);
       }
-      for (int j = 0; j < 4; j++) {
+      UNROLL for (int j = 0; j < 4; j++) {
         const auto pair = [&](int r, int at) {
           return half_of(rows[r], at) | half_of(rows[r + 1], at) << 16;
         };
@@ -147,18 +216,17 @@ template <int kTokens>
 DEVICE void down_products_f32(const DecodeBlock<float>& b) {
   const Decode& c = b.call;
   const int own = b.plan.own_units(), parts = b.plan.parts_d;
-  const auto* w_down = (const float*)c.w_down;
-  const auto* x = (const float*)c.x;
+  const auto* w_down = (const float*)b.adapters.w_down;
   for (int item = warp(); item < own * parts; item += kWarps) {
     const int u = item / parts, part = item % parts;
     const int unit = b.first_unit() + b.rank * own + u;
     float acc[kTokens] = {};
-    if (unit < c.units) {
-      const int end = int(int64_t(c.d) * (part + 1) / parts);
-      for (int k = int(int64_t(c.d) * part / parts) + lane(); k < end; k += 32) {
-        const float weight = w_down[int64_t(unit) * c.d + k];
+    if (unit < b.adapters.units) {
+      const int end = int(int64_t(b.d) * (part + 1) / parts);
+      for (int k = int(int64_t(b.d) * part / parts) + lane(); k < end; k += 32) {
+        const float weight = w_down[int64_t(unit) * b.d + k];
         for (int t = 0; t < kTokens; t++) {
-          if (t < c.tokens) acc[t] += weight * x[t * c.x_row + k];
+          if (t < c.tokens) acc[t] += weight * b.x[t * b.x_row + k];
         }
       }
     }
@@ -175,8 +243,10 @@ DEVICE void up_products_f32(DecodeBlock<float>& b, int first) {
   const Decode& c = b.call;
   const int parts = b.plan.parts_n, tiles = b.plan.pass_tiles(), units = b.plan.units;
   const int end = min_of(first + b.plan.pass, b.end());
-  const auto* w_up = (const float*)c.w_up;
-  const bool careful = *b.careful != 0;
+  const auto* w_up = (const float*)b.adapters.w_up;
+  const int64_t unit_row = b.adapters.transposed ? 1 : c.h;
+  const int64_t column_row = b.adapters.transposed ? b.adapters.units : 1;
+  const bool careful = *b.flag != 0;
   for (int item = warp(); item < tiles * parts; item += kWarps) {
     const int tile = item / parts, part = item % parts;
     for (int half = 0; half < 2; half++) {
@@ -185,8 +255,8 @@ DEVICE void up_products_f32(DecodeBlock<float>& b, int first) {
       float acc[kTokens] = {};
       for (int u = units * part / parts; u < units * (part + 1) / parts; u++) {
         const int unit = b.first_unit() + u;
-        if (unit >= c.units) break;
-        float weight = w_up[int64_t(unit) * c.h + column];
+        if (unit >= b.adapters.units) break;
+        float weight = w_up[unit * unit_row + column * column_row];
         if (careful && !is_finite(weight)) {
           b.poison(unit);
           weight = 0.f;

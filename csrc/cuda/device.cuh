@@ -11,8 +11,13 @@
 #include <cstdint>
 
 #define DEVICE __device__ __forceinline__
+// Where an array must be in registers.
+#define UNROLL _Pragma("unroll")
 
 namespace pemt_fast::cuda {
+
+using BFloat16 = __nv_bfloat16;
+using Float16 = __half;
 
 // 8 values of 16 bits, two in a word.
 struct Eight {
@@ -30,6 +35,7 @@ DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 DEVICE bool is_finite(float value) { return isfinite(value); }
 DEVICE float complementary_error(float value) { return erfcf(value); }
 DEVICE float exponential(float value) { return expf(value); }
+DEVICE float hyperbolic_tangent(float value) { return tanhf(value); }
 
 template <class T>
 DEVICE T from_float(float value);
@@ -67,9 +73,8 @@ DEVICE float sum_of_lanes(float value) {
   return value;
 }
 
-// Weights and tokens: nobody writes to them during a call.
 DEVICE Eight load_eight(const uint16_t* from) {
-  const uint4 v = __ldg((const uint4*)from);
+  const uint4 v = *(const uint4*)from;
   return Eight{{v.x, v.y, v.z, v.w}};
 }
 
@@ -117,21 +122,11 @@ DEVICE T* peer(T* own, int rank) {
 #endif
 }
 
-// Whether all blocks but this one have counted up; the counter begins anew then. What the others
-// wrote before is seen by `load_written` afterwards. `told` is a place of the block.
-DEVICE bool arrives_last(unsigned* counter, int blocks, int* told) {
-  __threadfence();
-  __syncthreads();
-  if (thread() == 0) {
-    const bool last = atomicAdd(counter, 1u) == unsigned(blocks - 1);
-    if (last) *counter = 0;
-    *told = last;
-  }
-  __syncthreads();
-  __threadfence();
-  return *told != 0;
-}
-
+// What this thread has written is seen by whoever hears of it afterwards.
+DEVICE void make_visible() { __threadfence(); }
+// What it was before.
+DEVICE unsigned count_up(unsigned* counter) { return atomicAdd(counter, 1u); }
+// Past the cache of the processor, which may hold what was there before.
 DEVICE float load_written(const float* from) { return __ldcg(from); }
 
 }  // namespace pemt_fast::cuda

@@ -21,6 +21,7 @@
 #include <vector>
 
 #define DEVICE inline
+#define UNROLL
 
 namespace pemt_fast::cuda {
 
@@ -101,12 +102,15 @@ struct Half16 {
 };
 struct Bf16 : Half16 {};
 struct F16 : Half16 {};
+using BFloat16 = Bf16;
+using Float16 = F16;
 
 DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 DEVICE float not_a_number() { return std::nanf(""); }
 DEVICE bool is_finite(float value) { return std::isfinite(value); }
 DEVICE float complementary_error(float value) { return std::erfc(value); }
 DEVICE float exponential(float value) { return std::exp(value); }
+DEVICE float hyperbolic_tangent(float value) { return std::tanh(value); }
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;
@@ -217,17 +221,8 @@ DEVICE void multiply(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uin
   sync_warp();
 }
 
-DEVICE bool arrives_last(unsigned* counter, int blocks, int* told) {
-  sync_block();
-  if (thread() == 0) {
-    const bool last = (*counter)++ == unsigned(blocks - 1);
-    if (last) *counter = 0;
-    *told = last;
-  }
-  sync_block();
-  return *told != 0;
-}
-
+DEVICE void make_visible() {}
+DEVICE unsigned count_up(unsigned* counter) { return (*counter)++; }
 DEVICE float load_written(const float* from) { return *from; }
 
 inline void thread_main() {
