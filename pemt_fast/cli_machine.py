@@ -40,6 +40,12 @@ def info(
         print_table(f"extension {extension['name']}", ("instruction set", ""), isas)
     else:
         console.print(extension["why_not"], markup=False, highlight=False, soft_wrap=True)
+    library = values["cuda_library"]
+    if library["why_not"] is None:
+        built = [("compiled by", f"CUDA {library['toolkit']}"), ("for", library["architectures"])]
+        print_table("library of CUDA kernels", ("", ""), built)
+    else:
+        console.print(library["why_not"], markup=False, highlight=False, soft_wrap=True)
     for device, impls in values["unavailable"].items():
         taken = values["auto"][device]
         rows = [
@@ -60,7 +66,7 @@ def _facts() -> dict:
     import torch
 
     from pemt_fast.kernels import cache
-    from pemt_fast.ops import extension
+    from pemt_fast.ops import cuda_library, extension
     from pemt_fast.ops.dispatch import IMPLS, auto_impl, unavailable_reasons
     from pemt_fast.training.fit import environment
 
@@ -77,6 +83,7 @@ def _facts() -> dict:
             "instruction_set": module.cpu_isa() if module else None,
             "instruction_sets": module.cpu_isas() if module else [],
         },
+        "cuda_library": cuda_library.facts(),
         "auto": {
             device: {str(dtype)[6:]: auto_impl(torch.device(device), dtype) for dtype in dtypes}
             for device in devices
@@ -113,10 +120,10 @@ def doctor(
     findings = examine([_device(device)] if device else None, report)
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
-    elif any(finding.impl == "triton" for finding in findings):
+    elif any(finding.impl in ("triton", "cuda") for finding in findings):
         console.print(f"remembered in {cache.folder()}", highlight=False, soft_wrap=True)
     elif not torch.cuda.is_available():
-        console.print("torch sees no GPU: the Triton kernels were not examined", highlight=False)
+        console.print("torch sees no GPU: the kernels for GPUs were not examined", highlight=False)
     if not findings:
         raise RuntimeError(f"no kernels can run on {device or 'this machine'}: see pemt-fast info")
     if not all(finding.passed for finding in findings):

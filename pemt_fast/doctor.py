@@ -3,8 +3,8 @@
 
 The output and every gradient of a few calls of the mixture and of the Task Sparsity Loss, within
 the error budget of the tests (`testing.assert_within_budget`), per implementation and dtype. What
-the Triton kernels pass on a GPU is remembered (`ops/verified.py`), and `impl="auto"` takes them
-there from then on.
+kernels pass on a GPU is remembered (`ops/verified.py`); those that `impl="auto"` may take there it
+takes from then on. Of `impl="cuda"` its own kernel is examined, which has no gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pemt_fast.ops import adapter_mixture, task_sparsity_loss, triton_door, verified
+from pemt_fast.ops import (
+    adapter_mixture,
+    cuda_door,
+    cuda_library,
+    task_sparsity_loss,
+    triton_door,
+    verified,
+)
 from pemt_fast.ops.dispatch import unavailable_reasons
 from pemt_fast.testing import (
     MixtureInputs,
@@ -27,7 +34,7 @@ from pemt_fast.testing import (
     share_of_budget,
 )
 
-IMPLS = ("cpu", "triton")
+IMPLS = ("cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # One token; odd sizes with every tensor there is; adapters of unequal rank; PEMT's shape; enough
@@ -38,6 +45,15 @@ _CASES: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
     ((130,), {"R": (8, 24, 32), "D": 96, "H": 60, "gate": "[B, S, E]", "activation": "silu"}),
     ((4, 128), {"E": 6, "R": 64, "D": 3072, "H": 768, "activation": "identity", "bias": False}),
     ((2, 2500), {"E": 2, "R": 64, "D": 512, "H": 768, "gate": "[B, S, E]", "activation": "relu"}),
+)
+# For the kernel of few tokens: every number of tokens that it has an instance for, PEMT's shape as
+# well; one cluster, several, columns that no 8 divide.
+_DECODE_CASES: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
+    _CASES[0],
+    ((2, 4), {"E": 6, "R": 24, "D": 75, "H": 141, "activation": "gelu"}),
+    ((13,), {"R": (8, 24, 32), "D": 96, "H": 60, "gate": "[B, S, E]", "activation": "silu"}),
+    ((16, 1), {"E": 6, "R": 64, "D": 3072, "H": 768, "activation": "identity", "bias": False}),
+    ((64,), {"E": 8, "R": 64, "D": 512, "H": 768, "gate": "[B, E]", "activation": "gelu_tanh"}),
 )
 _MOST_TOKENS_INTERPRETED = 200
 
@@ -67,7 +83,7 @@ def cases(
 ) -> Iterator[Callable[[int], MixtureInputs]]:
     """Inputs by seed, of each case; without the large ones in Triton's interpreter."""
     interpreted = impl == "triton" and device.type == "cpu"
-    for lead, arguments in _CASES:
+    for lead, arguments in _DECODE_CASES if impl == "cuda" else _CASES:
         if interpreted and torch.Size(lead).numel() > _MOST_TOKENS_INTERPRETED:
             continue
 
@@ -83,12 +99,7 @@ def examine(impl: str, device: torch.device, dtype: torch.dtype) -> Finding:
     """Run all cases with and without gradients; the first error ends it."""
     begin, worst, reason = time.perf_counter(), 0.0, ""
     try:
-        for make in cases(impl, device, dtype):
-            for name, compared in compare_with_oracle(make, impl=impl).items():
-                worst = max(worst, share_of_budget(*compared))
-                assert_within_budget(name, *compared)
-            _check_forward_only(make(0), impl)
-        for name, compared in _losses(impl, device, dtype):
+        for name, compared in _comparisons(impl, device, dtype):
             worst = max(worst, share_of_budget(*compared))
             assert_within_budget(name, *compared)
     except Exception as error:  # whatever a compiler or a driver raises is a finding
@@ -98,18 +109,50 @@ def examine(impl: str, device: torch.device, dtype: torch.dtype) -> Finding:
     return Finding(str(device), impl, name, not reason, worst, seconds, reason)
 
 
-def _check_forward_only(inputs: MixtureInputs, impl: str) -> None:
+def _comparisons(
+    impl: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    """Name and result of `impl`, in float64, of the torch form in this dtype."""
+    for make in cases(impl, device, dtype):
+        if impl != "cuda":
+            yield from compare_with_oracle(make, impl=impl).items()
+        yield from _forward_only(make(0), impl)
+    if impl != "cuda":
+        yield from _losses(impl, device, dtype)
+
+
+def _forward_only(
+    inputs: MixtureInputs, impl: str
+) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
     """Calls without gradients take another way, twice the same one: first and later calls."""
 
-    def run(**options: Any) -> Tensor:
+    def run(inputs: MixtureInputs, impl: str) -> Tensor:
         with torch.no_grad():
-            return inputs.call(adapter_mixture, **options)
+            return inputs.call(_decoded if impl == "cuda" else adapter_mixture, impl=impl)
 
-    exact = inputs.to(torch.float64)
-    with torch.no_grad():
-        exact_out = exact.call(adapter_mixture, impl="reference")
+    exact = run(inputs.to(torch.float64), "reference")
     for _ in range(2):
-        assert_within_budget("out", run(impl=impl), exact_out, run(impl="torch"))
+        yield "out", (run(inputs, impl), exact, run(inputs, "torch"))
+
+
+def _decoded(
+    x: Tensor,
+    gate: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    activation: str,
+    base: Tensor | None = None,
+    impl: str = "cuda",
+    ranks: tuple[int, ...] | None = None,
+) -> Tensor:
+    """A call of `adapter_mixture` that no other kernel may take."""
+    out = cuda_door.door(x, gate, w_down, w_up, b_down, b_up, base, activation, impl, ranks)
+    if out is None:
+        raise RuntimeError("the decode kernel does not take this call")
+    return out
 
 
 def _losses(
@@ -205,9 +248,9 @@ def doctor(
             for dtype in DTYPES:
                 found.append(examine(impl, device, dtype))
                 report(found[-1])
-            if impl == "triton":
+            if impl in verified.VERIFIED and not (impl == "cuda" and cuda_library.is_emulated()):
                 names = {f.dtype for f in found if f.passed}
-                verified.remember(device, [d for d in DTYPES if str(d)[6:] in names])
+                verified.remember(impl, device, [d for d in DTYPES if str(d)[6:] in names])
                 triton_door.CALLS.clear()
             findings += found
     return findings

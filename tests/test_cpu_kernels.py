@@ -1052,8 +1052,8 @@ def through_door(inputs, **changes):
     """What the C++ entry answers: None if the call is for the Python side."""
     tensors = {name: getattr(inputs, name) for name in TENSOR_NAMES}
     arguments = {
-        **tensors, "activation": inputs.activation, "recompute": False, "with_hidden": False,
-        "ranks": inputs.ranks, **changes,
+        **tensors, "activation": inputs.activation, "ranks": inputs.ranks, "recompute": False,
+        "with_hidden": False, **changes,
     }  # fmt: skip
     return native.door(*arguments.values())
 
@@ -1186,5 +1186,5 @@ def test_the_door_has_the_rules_of_validation(arguments):
         fits = True
     except ValueError:
         fits = False
-    answer = native.door(*tensors.values(), "relu", False, False, ranks)
+    answer = native.door(*tensors.values(), "relu", ranks, False, False)
     assert (answer is not None) == fits

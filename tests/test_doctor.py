@@ -52,8 +52,8 @@ def test_auto_takes_what_passed(gpu, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="pemt_fast"):
         assert [dispatch.auto_impl(CPU, torch.float32) for _ in range(3)] == ["torch"] * 3
     assert [record.message for record in caplog.records] == [
-        "impl='auto' means 'torch' on cpu: with these versions the Triton kernels have not been "
-        "compared with the reference there. `pemt-fast doctor` does that and enables them"
+        "impl='auto' means 'torch' on cpu: with these versions the kernels of impl='triton' have "
+        "not been compared with the reference there. `pemt-fast doctor` does that and enables them"
     ]
     (finding,) = run(monkeypatch)
     assert finding.passed and 0 < finding.worst <= 1 and not finding.reason
@@ -101,7 +101,7 @@ def test_wrong_kernels_are_found(gpu, monkeypatch, what):
 def test_a_crash_is_a_finding_and_withdraws(gpu, monkeypatch):
     from pemt_fast.ops import triton_backend
 
-    verified.remember(CPU, [torch.float32])
+    verified.remember("triton", CPU, [torch.float32])
 
     def crash(*args):
         raise RuntimeError("ptxas died\nin line 2")
@@ -115,7 +115,7 @@ def test_a_crash_is_a_finding_and_withdraws(gpu, monkeypatch):
 def test_other_versions_have_to_pass_again(gpu, monkeypatch):
     from pemt_fast.kernels import cache
 
-    verified.remember(CPU, [torch.float32])
+    verified.remember("triton", CPU, [torch.float32])
     monkeypatch.setattr(cache, "identity", lambda device: {"kernels": "changed"})
     verified.verified_dtypes.cache_clear()
     assert dispatch.auto_impl(CPU, torch.float32) == "torch"
@@ -126,7 +126,7 @@ def test_a_broken_file_is_named_and_not_used(gpu, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="pemt_fast"):
         assert dispatch.auto_impl(CPU, torch.float32) == "torch"
     assert "verified.json cannot be read and is not used" in caplog.text
-    verified.remember(CPU, [torch.float32])
+    verified.remember("triton", CPU, [torch.float32])
     assert dispatch.auto_impl(CPU, torch.float32) == "triton"
 
 
@@ -140,7 +140,7 @@ def test_compiled_calls_know_what_passed(gpu):
     )  # fmt: skip
     tensors = (inputs.x, inputs.gate, inputs.w_down, inputs.w_up)
     for dtypes, impl in (([], "torch"), ([torch.float32], "triton")):
-        verified.remember(CPU, dtypes)
+        verified.remember("triton", CPU, dtypes)
         torch._dynamo.reset()
         seen = []
 

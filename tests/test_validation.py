@@ -158,13 +158,6 @@ def test_a_gpu_implementation_lists_every_reason(impl, monkeypatch):
     assert "torch sees no CUDA device" in str(raised.value)
 
 
-@pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_a_missing_implementation_says_so(impl, monkeypatch):
-    monkeypatch.delitem(dispatch._BACKENDS, impl, raising=False)
-    with pytest.raises(RuntimeError, match=f"ships no {impl} kernels"):
-        adapter_mixture(**arguments(impl=impl))
-
-
 @pytest.fixture
 def no_extension(monkeypatch):
     """The operator as it is where `pemt_fast._C` could not be built."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pemt_fast.ops.adapter_mixture import adapter_mixture
+from pemt_fast.ops.cuda_door import Target
 
 
 class BottleneckAdapter(nn.Module):
@@ -83,6 +84,13 @@ class BottleneckAdapter(nn.Module):
             base=base,
             impl=self.impl,
         )
+
+    def as_target(self) -> Target:
+        """Its parameters, for `ops/target_mixture.py`."""
+        return Target(
+            self.down.weight, self.up.weight, self.down.bias, self.up.bias,
+            self.activation, self.scale,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

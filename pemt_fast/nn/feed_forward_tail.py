@@ -25,6 +25,7 @@ from pemt_fast.nn.routing import Routing, RoutingState
 from pemt_fast.nn.stacking import stack_weights, unstack_weights
 from pemt_fast.nn.targets import TargetGates
 from pemt_fast.nn.wrapped_linear import WrappedLinear, at_least_float, check_merges_into, is_plain
+from pemt_fast.ops.cuda_door import takes_target
 from pemt_fast.ops.dispatch import means_torch
 from pemt_fast.ops.sparsity_loss import task_sparsity_loss
 
@@ -166,6 +167,8 @@ class MixtureTail(_Tail):
             state.gates[self.name] = gate
         # A single source leaves nothing to select: the published code has no loss there either.
         wants_loss = state.wants_loss and self.gate is not None
+        if not wants_loss and self._decodes(hidden_states):
+            return self._decode(hidden_states, gate, residual)
         y, hidden = self._mix(hidden_states, gate, wants_loss)
         y = y if residual is None else y + residual
         if hidden is None:
@@ -188,6 +191,18 @@ class MixtureTail(_Tail):
         if with_hidden:
             return mixture.forward_with_hidden(hidden_states, gate, out)
         return mixture(hidden_states, gate, out), None
+
+    def _decodes(self, hidden_states: Tensor) -> bool:
+        """Whether mixture and target adapter may be one launch."""
+        if not isinstance(self.target_adapter, BottleneckAdapter) or self.merged:
+            return False
+        return takes_target(self.mixture.impl, hidden_states)
+
+    def _decode(self, hidden_states: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
+        out = self.base(hidden_states)
+        out = out if residual is None else out + residual
+        assert isinstance(self.target_adapter, BottleneckAdapter)
+        return self.mixture.then(self.target_adapter, hidden_states, gate, out)
 
     def stack(self) -> None:
         """Make one matrix of `wo` and the down-projections where that saves a matmul.

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pemt_fast.nn.bottleneck import BottleneckAdapter
 from pemt_fast.ops.adapter_mixture import adapter_mixture, adapter_mixture_with_hidden
 from pemt_fast.ops.linear_mixture import linear_mixture
+from pemt_fast.ops.target_mixture import mixture_with_target
 
 
 class AdapterMixture(nn.Module):
@@ -148,6 +150,15 @@ class AdapterMixture(nn.Module):
             with_hidden=with_hidden,
         )  # fmt: skip
         return found if isinstance(found, tuple) else (found, None)
+
+    def then(
+        self, adapter: BottleneckAdapter, x: Tensor, gate: Tensor, base: Tensor | None
+    ) -> Tensor:
+        """`adapter(y, y)` of `y = self(x, gate, base)`, without gradients: one call."""
+        return mixture_with_target(
+            x, gate, self.w_down, self.w_up, self.b_down, self.b_up, activation=self.activation,
+            base=base, target=adapter.as_target(), impl=self.impl, ranks=self.ranks,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

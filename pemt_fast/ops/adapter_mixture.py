@@ -5,9 +5,9 @@ Letters: B sequences, S tokens per sequence, T = B·S tokens, E adapters (expert
 R bottleneck, H output width, N = ΣR total bottleneck (E·R when the ranks are equal).
 
 From here: `validation.py` (the rules), `autograd.py` (what is kept for backward), then the
-implementation that `dispatch.py` names: `stacked.py` (`impl="torch"`), `triton_backend.py` or
-`reference.py`. The C++ kernels (`impl="cpu"`) begin at `native.py`. A call without gradients takes
-a shorter way to the Triton kernels, `triton_door.py`.
+implementation that `dispatch.py` names: `stacked.py` (`impl="torch"`), `triton_backend.py`,
+`cuda_backend.py` or `reference.py`. The C++ kernels (`impl="cpu"`) begin at `native.py`. A call
+without gradients takes a shorter way to the kernels for GPUs, `cuda_door.py` or `triton_door.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pemt_fast.ops import autograd, native, triton_door
+from pemt_fast.ops import autograd, cuda_door, native, triton_door
 from pemt_fast.ops.autocast import autocast_dtype, without_autocast
 from pemt_fast.ops.dispatch import CPU_KERNELS_ARE_FAST, resolve_impl
 from pemt_fast.ops.reference import adapter_mixture_reference, linear_reference
@@ -86,14 +86,15 @@ def adapter_mixture(
     """
     if takes_door(impl):
         out = native.door(
-            x, gate, w_down, w_up, b_down, b_up, base, activation, recompute, False, ranks
+            x, gate, w_down, w_up, b_down, b_up, base, activation, ranks, recompute, False
         )
         if out is not None:
             return out
-    if impl in ("auto", "triton") and not torch.compiler.is_compiling():
-        out = triton_door.door(x, gate, w_down, w_up, b_down, b_up, base, activation, impl, ranks)
-        if out is not None:
-            return out
+    if impl in ("auto", "cuda", "triton") and not torch.compiler.is_compiling():
+        for to in (cuda_door, triton_door):
+            out = to.door(x, gate, w_down, w_up, b_down, b_up, base, activation, impl, ranks)
+            if out is not None:
+                return out
     out, _ = check_and_call(
         x, gate, w_down, w_up, b_down, b_up, activation, base, impl, recompute, ranks, False
     )
@@ -121,7 +122,7 @@ def adapter_mixture_with_hidden(
     """
     if takes_door(impl):
         both = native.door(
-            x, gate, w_down, w_up, b_down, b_up, base, activation, recompute, True, ranks
+            x, gate, w_down, w_up, b_down, b_up, base, activation, ranks, recompute, True
         )
         if both is not None:
             return both

@@ -17,19 +17,24 @@ from types import ModuleType
 
 import torch
 
-from pemt_fast.ops import extension
-from pemt_fast.ops.verified import is_verified
+from pemt_fast.ops import cuda_library, extension
+from pemt_fast.ops.verified import VERIFIED, is_verified
 
 logger = logging.getLogger("pemt_fast")
 
 IMPLS = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 
-# Device type -> what impl="auto" takes, if it can run, before "torch", which can run anywhere. The
-# Triton kernels also have to be verified on the GPU at hand, see `verified.py`.
+# Device type -> what impl="auto" takes, if it can run, before "torch", which can run anywhere.
+# Kernels for GPUs also have to be verified on the one at hand, see `verified.py`. "cuda" joins the
+# table when it has been measured on hardware.
 AUTO_TABLE = {"cpu": "cpu", "cuda": "triton"}
 
 # Implementation -> module with the pair forward / backward of `stacked.py`.
-_BACKENDS = {"torch": "pemt_fast.ops.stacked", "triton": "pemt_fast.ops.triton_backend"}
+_BACKENDS = {
+    "torch": "pemt_fast.ops.stacked",
+    "triton": "pemt_fast.ops.triton_backend",
+    "cuda": "pemt_fast.ops.cuda_backend",
+}
 
 # Under Triton's interpreter its kernels run on any device, slowly: for tests.
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,22 +52,21 @@ def unavailable_reasons(
     impl: str, device: torch.device, dtype: torch.dtype | None = None
 ) -> list[str]:
     """Every reason why `impl` cannot run on `device`, with `x` of `dtype`; empty when it can."""
-    reasons = []
-    wanted = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(impl)
+    reasons = cuda_library.reasons(device) if impl == "cuda" else []
+    wanted = {"cpu": "cpu", "triton": "cuda"}.get(impl)
     if impl == "triton" and _TRITON_INTERPRETED:
         wanted = None
     if wanted is not None and device.type != wanted:
         reasons.append(f"it runs on {wanted} tensors, x is on {device}")
     if wanted == "cuda" and not torch.cuda.is_available():
         reasons.append("torch sees no CUDA device")
-    if impl == "triton" and _TRITON_MISSING:
-        reasons.append("the package triton is not installed")
+    if impl in ("triton", "cuda") and _TRITON_MISSING:
+        also = ", whose kernels take what these do not" if impl == "cuda" else ""
+        reasons.append(f"the package triton is not installed{also}")
     if impl == "cpu" and _EXTENSION_MISSING is not None:
         reasons.append(_EXTENSION_MISSING)
-    if impl in ("cpu", "triton") and dtype == torch.float64:
+    if impl in ("cpu", "triton", "cuda") and dtype == torch.float64:
         reasons.append("it computes in float32, bfloat16 or float16, x is float64")
-    if impl not in (*_BACKENDS, "cpu", "reference"):
-        reasons.append(f"this version of pemt_fast ships no {impl} kernels")
     return reasons
 
 
@@ -73,7 +77,7 @@ def auto_impl(device: torch.device, dtype: torch.dtype | None = None) -> str:
         return "torch"
     if unavailable_reasons(impl, device, dtype):
         return "torch"
-    return "torch" if impl == "triton" and not is_verified(device, dtype) else impl
+    return "torch" if impl in VERIFIED and not is_verified(impl, device, dtype) else impl
 
 
 def means_torch(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -117,6 +121,11 @@ _log_forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _log_forced_once(impl: str) -> None:
     logger.warning("impl='auto' means %r because PEMT_FAST_IMPL is set", impl)
+
+
+def kernels_beside(impl: str) -> str:
+    """What computes where the CUDA C++ kernels do not, for the same `impl`."""
+    return "triton" if impl == "cuda" else impl
 
 
 @functools.lru_cache(maxsize=8)

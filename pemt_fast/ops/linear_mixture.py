@@ -91,13 +91,13 @@ def linear_mixture(
         raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
     if takes_door(impl):
         found = native.door(
-            x, gate, w_down, w_up, b_down, b_up, None, activation, False, with_hidden, ranks,
+            x, gate, w_down, w_up, b_down, b_up, None, activation, ranks, False, with_hidden,
             weight, bias,
         )  # fmt: skip
         if found is not None:
             return found
     tensors = (x, weight, bias, gate, w_down, w_up, b_down, b_up)
-    if not with_hidden and _takes_triton_door(impl, *tensors):
+    if not with_hidden and _takes_door_of_gpus(impl, *tensors):
         base = torch.nn.functional.linear(x, weight, bias)
         return adapter_mixture(
             x, gate, w_down, w_up, b_down, b_up,
@@ -110,16 +110,18 @@ def linear_mixture(
     return both if with_hidden else both[0]
 
 
-def _takes_triton_door(
+def _takes_door_of_gpus(
     impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | None
 ) -> bool:
     """Whether the linear may come first and by itself: no gradients, and nothing wrong with it."""
-    if impl not in ("auto", "triton") or torch.compiler.is_compiling():
+    if impl not in ("auto", "triton", "cuda") or torch.compiler.is_compiling():
         return False
     tensors = (x, weight, bias, *others)
     if not all(t is None or isinstance(t, Tensor) for t in tensors) or not x.dim():
         return False
-    if not (x.is_cuda or impl == "triton") or resolve_impl(impl, x.device, x.dtype) != "triton":
+    if not (x.is_cuda or impl != "auto"):
+        return False
+    if resolve_impl(impl, x.device, x.dtype) not in ("triton", "cuda"):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return False

@@ -27,7 +27,7 @@ def _closed(*args: Any) -> None:
     return None
 
 
-# (x, gate, w_down, w_up, b_down, b_up, base, activation, recompute, with_hidden, ranks), then for
+# (x, gate, w_down, w_up, b_down, b_up, base, activation, ranks, recompute, with_hidden), then for
 # linear_mixture (weight, bias) -> the output, with `with_hidden` also the hidden units; None if the
 # arguments are not for these kernels or break a rule, which is then for `validation.py` to say.
 door: Callable[..., Any] = _closed if _module is None else _module.adapter_mixture

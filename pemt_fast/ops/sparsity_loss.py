@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pemt_fast.ops.autocast import without_autocast
-from pemt_fast.ops.dispatch import resolve_impl
+from pemt_fast.ops.dispatch import kernels_beside, resolve_impl
 from pemt_fast.ops.sparsity_terms import Inputs, Needs, loss_and_gradients, scale_of
 
 _INPUTS = (
@@ -73,7 +73,7 @@ def task_sparsity_loss(
     """
     ranks = tuple(ranks)
     _check(z, gate, hidden, w_up, b_up, residual, mask, ranks)
-    impl = resolve_impl(impl, z.device, z.dtype)
+    impl = kernels_beside(resolve_impl(impl, z.device, z.dtype))
     return _OPS.task_sparsity_loss.default(z, gate, hidden, w_up, b_up, residual, mask, ranks, impl)
 
 

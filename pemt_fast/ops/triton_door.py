@@ -41,6 +41,8 @@ def door(
 ) -> Tensor | None:
     """The output, None if the call is not for this door or breaks a rule that `impl` may check."""
     tensors = (x, gate, w_down, w_up, b_down, b_up, base)
+    if impl == "cuda":
+        return None
     if x is None or not nobody_watches(*tensors):
         return None
     if ranks is not None and type(ranks) is not tuple:
