@@ -160,7 +160,7 @@ def test_a_plan_covers_every_unit_and_column_once(planner, device, may_slice):
         tokens, _, h, units, target_units, size = case
         cluster, slices = plan["cluster"], plan["slices"]
         if cluster == 0:  # a single block for all units has not enough shared memory
-            assert not may_slice and tokens * units * size > device[1] / 2, case
+            assert not may_slice and tokens * units * (size + 4) > device[1] / 2, case
             continue
         case = (case, plan, target)
         assert 1 <= cluster <= device[2] and cluster * slices <= device[0], case

@@ -62,32 +62,40 @@ struct Dots {
 };
 
 // Weights whose rows lie along the sums, in tiles of 16 rows for all tokens; lane = 4 * g + i.
-// `mend` sees the weights of 8 terms before they are used.
+// `mend` sees the weights of 8 terms before they are used. Few warps wait for the memory: the loads
+// of `kAhead` steps begin before the first one's products.
 template <class T, int kTokens, bool kAligned, class Mend>
 DEVICE void dot_products(const Dots& d, Mend mend) {
-  constexpr int kEights = kTokens / 8;
+  constexpr int kEights = kTokens / 8, kAhead = kTokens <= 16 ? 4 : 64 / kTokens;
   const int chunks = (d.terms + 31) / 32, g = lane() / 4, i = lane() % 4;
   for (int item = warp(); item < d.tiles * d.parts; item += kWarps) {
     const int tile = item / d.parts, part = item % d.parts;
     const int row = d.first + tile * kTile + g;
     float acc[kEights][4] = {};
-    for (int chunk = chunks * part / d.parts; chunk < chunks * (part + 1) / d.parts; chunk++) {
-      const int at = chunk * 32 + i * 8;
-      Eight low = nothing(), high = nothing();
-      if (row < d.end) low = eight<kAligned>(d.weights + row * d.weights_row, at, d.terms);
-      if (row + 8 < d.end) {
-        high = eight<kAligned>(d.weights + (row + 8) * d.weights_row, at, d.terms);
+    const int last = chunks * (part + 1) / d.parts;
+    for (int chunk = chunks * part / d.parts; chunk < last; chunk += kAhead) {
+      Eight low[kAhead], high[kAhead], values[kAhead][kEights];
+      UNROLL for (int j = 0; j < kAhead; j++) {
+        const int at = (chunk + j) * 32 + i * 8;
+        const bool is_there = chunk + j < last;
+        const auto read = [&](bool has_row, const uint16_t* from) {
+          return is_there && has_row ? eight<kAligned>(from, at, d.terms) : nothing();
+        };
+        low[j] = read(row < d.end, d.weights + row * d.weights_row);
+        high[j] = read(row + 8 < d.end, d.weights + (row + 8) * d.weights_row);
+        UNROLL for (int e = 0; e < kEights; e++) {
+          const int token = e * 8 + g;
+          values[j][e] = read(token < d.tokens, d.x + token * d.x_row);
+        }
+        mend(low[j], at);
+        mend(high[j], at);
       }
-      mend(low, at);
-      mend(high, at);
-      for (int e = 0; e < kEights; e++) {
-        const int token = e * 8 + g;
-        const Eight values =
-            token < d.tokens ? eight<kAligned>(d.x + token * d.x_row, at, d.terms) : nothing();
-        multiply<T>(acc[e], low.word[0], high.word[0], low.word[1], high.word[1], values.word[0],
-                    values.word[1]);
-        multiply<T>(acc[e], low.word[2], high.word[2], low.word[3], high.word[3], values.word[2],
-                    values.word[3]);
+      UNROLL for (int j = 0; j < kAhead; j++) {
+        UNROLL for (int e = 0; e < kEights; e++) {
+          const Eight &x = values[j][e], &l = low[j], &h = high[j];
+          multiply<T>(acc[e], l.word[0], h.word[0], l.word[1], h.word[1], x.word[0], x.word[1]);
+          multiply<T>(acc[e], l.word[2], h.word[2], l.word[3], h.word[3], x.word[2], x.word[3]);
+        }
       }
     }
     for (int half = 0; half < 2; half++) {
@@ -154,46 +162,56 @@ DEVICE void up_products_transposed(DecodeBlock<T>& b, int first) {
 // + 8 column 8g + 4 + j.
 template <class T, int kTokens, bool kAligned>
 DEVICE void up_products(DecodeBlock<T>& b, int first) {
-  constexpr int kEights = kTokens / 8;
+  constexpr int kEights = kTokens / 8, kAhead = kTokens <= 32 ? 2 : 1;
   const Decode& c = b.call;
   const int parts = b.plan.parts_n, tiles = b.plan.pass_tiles();
   const int steps = b.plan.units / kTile, g = lane() / 4, i = lane() % 4;
   const int end = min_of(first + b.plan.pass, b.end());
   const auto* w_up = (const uint16_t*)b.adapters.w_up;
   const bool careful = *b.flag != 0;
+  const auto unit_of = [&](int step, int r) {
+    return b.first_unit() + step * kTile + 2 * i + r % 2 + r / 2 * 8;
+  };
   for (int item = warp(); item < tiles * parts; item += kWarps) {
     const int tile = item / parts, part = item % parts;
     const int column = first + tile * kTileColumns + g * 8;
     float acc[4][kEights][4] = {};
-    for (int step = steps * part / parts; step < steps * (part + 1) / parts; step++) {
-      const int unit = b.first_unit() + step * kTile + 2 * i;
-      Eight rows[4];
-      UNROLL for (int r = 0; r < 4; r++) {
-        const int own = unit + r % 2 + r / 2 * 8;
-        rows[r] = own < b.adapters.units && column < end
-                      ? eight<kAligned>(w_up + int64_t(own) * c.h, column, end)
-                      : nothing();
-      }
-      if (careful) {
-        uint32_t found = 0;
-        UNROLL for (int r = 0; r < 4; r++) found |= uint32_t(make_finite<T>(rows[r]) != 0) << r;
-        for (int r = 0; found >> r != 0; r++) {
-          if (found >> r & 1) b.poison(unit + r % 2 + r / 2 * 8);
+    const int last = steps * (part + 1) / parts;
+    for (int step = steps * part / parts; step < last; step += kAhead) {
+      Eight rows[kAhead][4];
+      UNROLL for (int s = 0; s < kAhead; s++) {
+        UNROLL for (int r = 0; r < 4; r++) {
+          const int own = unit_of(step + s, r);
+          rows[s][r] = step + s < last && own < b.adapters.units && column < end
+                           ? eight<kAligned>(w_up + int64_t(own) * c.h, column, end)
+                           : nothing();
         }
       }
-      uint32_t units[kEights][2];
-      for (int e = 0; e < kEights; e++) {
-        const T* from = b.hidden + (e * 8 + g) * b.hidden_row() + step * kTile + 2 * i;
-        units[e][0] = two(from);
-        units[e][1] = two(from + 8);
-      }
-      UNROLL for (int j = 0; j < 4; j++) {
-        const auto pair = [&](int r, int at) {
-          return half_of(rows[r], at) | half_of(rows[r + 1], at) << 16;
-        };
-        const uint32_t a[4] = {pair(0, j), pair(0, j + 4), pair(2, j), pair(2, j + 4)};
+      UNROLL for (int s = 0; s < kAhead; s++) {
+        if (step + s >= last) continue;
+        if (careful) {
+          uint32_t found = 0;
+          UNROLL for (int r = 0; r < 4; r++) {
+            found |= uint32_t(make_finite<T>(rows[s][r]) != 0) << r;
+          }
+          for (int r = 0; found >> r != 0; r++) {
+            if (found >> r & 1) b.poison(unit_of(step + s, r));
+          }
+        }
+        uint32_t units[kEights][2];
         for (int e = 0; e < kEights; e++) {
-          multiply<T>(acc[j][e], a[0], a[1], a[2], a[3], units[e][0], units[e][1]);
+          const T* from = b.hidden + (e * 8 + g) * b.hidden_row() + (step + s) * kTile + 2 * i;
+          units[e][0] = two(from);
+          units[e][1] = two(from + 8);
+        }
+        UNROLL for (int j = 0; j < 4; j++) {
+          const auto pair = [&](int r, int at) {
+            return half_of(rows[s][r], at) | half_of(rows[s][r + 1], at) << 16;
+          };
+          const uint32_t a[4] = {pair(0, j), pair(0, j + 4), pair(2, j), pair(2, j + 4)};
+          for (int e = 0; e < kEights; e++) {
+            multiply<T>(acc[j][e], a[0], a[1], a[2], a[3], units[e][0], units[e][1]);
+          }
         }
       }
     }
@@ -225,12 +243,12 @@ DEVICE void down_products_f32(const DecodeBlock<float>& b) {
       const int end = int(int64_t(b.d) * (part + 1) / parts);
       for (int k = int(int64_t(b.d) * part / parts) + lane(); k < end; k += 32) {
         const float weight = w_down[int64_t(unit) * b.d + k];
-        for (int t = 0; t < kTokens; t++) {
+        UNROLL for (int t = 0; t < kTokens; t++) {
           if (t < c.tokens) acc[t] += weight * b.x[t * b.x_row + k];
         }
       }
     }
-    for (int t = 0; t < kTokens; t++) {
+    UNROLL for (int t = 0; t < kTokens; t++) {
       const float sum = sum_of_lanes(acc[t]);
       if (lane() == 0) b.sums[(part * own + u) * kTokens + t] = sum;
     }
@@ -261,9 +279,10 @@ DEVICE void up_products_f32(DecodeBlock<float>& b, int first) {
           b.poison(unit);
           weight = 0.f;
         }
-        for (int t = 0; t < kTokens; t++) acc[t] += weight * b.hidden[t * b.hidden_row() + u];
+        UNROLL for (int t = 0; t < kTokens; t++) acc[t] +=
+            weight * b.hidden[t * b.hidden_row() + u];
       }
-      for (int t = 0; t < kTokens; t++) {
+      UNROLL for (int t = 0; t < kTokens; t++) {
         b.sums[(part * b.plan.pass + own) * kTokens + t] = acc[t];
       }
     }
