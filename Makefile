@@ -19,10 +19,11 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SOURCES := $(sort $(wildcard $(foreach kind,cpp h cu cuh,csrc/*.$(kind) csrc/*/*.$(kind))))
 FORMATTED := $(SOURCES) $(wildcard tests/helpers/cuda/*)
 SANITIZED := build/sanitizers
+SMALL_CASES := every_form_of_the_grid or finite or unequal_ranks or one_launch or not_aligned
 KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases sparsity_rows skill_mixture skill_linear linear_mixture,tests/test_$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-t5 bench-poly clean
+.PHONY: help venv build demo test test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-t5 bench-poly bench-decode sanitize-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -120,6 +121,17 @@ bench-t5: $(BUILT)  ## time PEMT's second stage on T5, and its feed-forward tail
 bench-poly: $(BUILT)  ## time Poly and MHR against peft, on layers and on T5-base
 	@echo "==> Poly benchmark"
 	@$(BIN)/python benchmarks/bench_poly.py $(ARGS)
+
+bench-decode: $(BUILT)  ## time calls of few tokens and generation, on a GPU
+	@echo "==> generation benchmark"
+	@$(BIN)/python benchmarks/bench_decode.py --device cuda $(ARGS)
+
+# CUDA's checker of addresses and of races between threads, on the decode kernel's small cases.
+sanitize-gpu: $(BUILT)  ## run the decode kernel's tests on a GPU under compute-sanitizer
+	@for tool in memcheck racecheck; do echo "==> $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --target-processes all \
+	    --kernel-regex kns=pemt_fast --error-exitcode 1 \
+	    $(BIN)/python -m pytest -q -m gpu tests/test_cuda_calls.py -k "$(SMALL_CASES)" || exit 1; done
 
 clean:  ## remove build products and caches; .venv stays
 	rm -rf build dist *.egg-info pemt_fast/_C[._]* pemt_fast/_cuda[._]* $(BUILT) .pytest_cache .ruff_cache .mypy_cache .hypothesis

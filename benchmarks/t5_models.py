@@ -149,14 +149,14 @@ class Models:
         for parameter in self.trained.values():
             parameter.grad = None
 
-    def generate(self, contender: str) -> Tensor:
-        """Greedy tokens `[B, 1 + GENERATED]`, all of them made."""
+    def generate(self, contender: str, **options: Any) -> Tensor:
+        """Greedy tokens `[B, 1 + GENERATED]`, all of them made; `options` of `generate`."""
         model = self._use(contender)
         with torch.no_grad():
             arguments = self._arguments(contender)
             return model.generate(
                 **arguments, do_sample=False, num_beams=1,
-                min_new_tokens=GENERATED, max_new_tokens=GENERATED,
+                min_new_tokens=GENERATED, max_new_tokens=GENERATED, **options,
             )  # fmt: skip
 
     def run(self, contender: str, mode: str) -> Callable[[], object]:

@@ -173,6 +173,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("packed_weights_size", &packed_weights_size, "Number and bytes of packed weights.");
   m.def("clear_packed_weights", &clear_packed_weights, "Forget all packed weights.");
   m.def("load_cuda_library", &load_cuda_library, "Load a library of CUDA kernels; why it fails.");
+  m.def("use_decode_grid", &use_decode_grid,
+        "Blocks of a cluster and slices of all calls from now on, for tests and measurements.");
+  m.def(
+      "decode_grid",
+      [](int index, int tokens, int d, int h, int units, int target_units, const at::Tensor& like) {
+        return decode_grid(index, tokens, d, h, units, target_units, like.scalar_type());
+      },
+      "Blocks of a cluster and slices that a call has on a device, in the dtype of a tensor.");
   m.def("cuda_device_obstacle", &cuda_device_obstacle, "Why the CUDA kernels cannot run there.");
   m.def(
       "cuda_library",

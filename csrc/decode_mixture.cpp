@@ -18,8 +18,8 @@ namespace {
 constexpr int64_t kMostWidth = 1 << 20, kMostUnits = 1 << 20;
 constexpr size_t kMostPlans = 4096;
 
-std::optional<cuda::Dtype> dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
+std::optional<cuda::Dtype> dtype_of(at::ScalarType type) {
+  switch (type) {
     case at::kFloat:
       return cuda::Dtype::f32;
     case at::kBFloat16:
@@ -43,7 +43,7 @@ cuda::Activation activation_of(std::string_view name) {
 // Dense numbers that are read one by one; null for what is not there.
 bool read_values(const OptionalTensor& t, cuda::Values& values) {
   if (!t) return true;
-  const auto dtype = dtype_of(*t);
+  const auto dtype = dtype_of(t->scalar_type());
   if (!dtype || !t->is_contiguous()) return false;
   values = {t->const_data_ptr(), *dtype};
   return true;
@@ -104,22 +104,53 @@ bool read_mixture(const MixtureTensors& m, const at::Tensor& x, int64_t width, i
   return may_differ;
 }
 
+// Of all calls from now on, in the place of what the plans say; 0 blocks for those.
+struct Grid {
+  int cluster = 0, slices = 0;
+} forced;
+
 // Weighing all forms of the grid takes longer than a launch: once for each problem.
 cuda::DecodePlans planned(const cuda::Decode& c, const cuda::DecodeDevice& device, bool may_slice) {
   using Key = std::array<int, 10>;
   static std::mutex mutex;
   static std::map<Key, cuda::DecodePlans> plans;
+  const cuda::DecodeSizes sizes{c.tokens, c.d, c.h, c.mixture.units, c.target.units, c.dtype};
+  if (forced.cluster > 0) {
+    cuda::DecodePlans wanted =
+        cuda::plans_of(sizes, device, forced.cluster, may_slice ? forced.slices : 1);
+    const bool fits = wanted.shared_bytes() <= (size_t)device.shared_bytes;
+    if (!fits || forced.cluster > device.max_cluster) wanted.mixture.cluster = 0;
+    return wanted;
+  }
   const Key key{device.processors, device.shared_bytes, device.max_cluster, c.tokens,      c.d, c.h,
                 c.mixture.units,   c.target.units,      int(c.dtype),       int(may_slice)};
   const std::lock_guard<std::mutex> lock(mutex);
   const auto known = plans.find(key);
   if (known != plans.end()) return known->second;
   if (plans.size() >= kMostPlans) plans.clear();
-  const cuda::DecodeSizes sizes{c.tokens, c.d, c.h, c.mixture.units, c.target.units, c.dtype};
   return plans[key] = cuda::plan_decode(sizes, device, may_slice);
 }
 
 }  // namespace
+
+void use_decode_grid(int cluster, int slices) {
+  const bool is_none = cluster == 0 && slices == 0;
+  const bool is_power = cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8;
+  TORCH_CHECK_VALUE(is_none || (is_power && slices > 0),
+                    "a grid has clusters of 1, 2, 4 or 8 blocks and at least one slice, or 0 and 0 "
+                    "for what the plans say; got ",
+                    cluster, " and ", slices);
+  forced = {cluster, slices};
+}
+
+std::array<int, 2> decode_grid(int index, int tokens, int d, int h, int units, int target_units,
+                               at::ScalarType type) {
+  const cuda::DecodeDevice* device = cuda_device(index);
+  const auto dtype = dtype_of(type);
+  TORCH_CHECK(device != nullptr && dtype, "the decode kernel does not run there");
+  const auto plans = cuda::plan_decode({tokens, d, h, units, target_units, *dtype}, *device, true);
+  return {plans.mixture.cluster, plans.mixture.slices};
+}
 
 std::optional<at::Tensor> decode_mixture(const at::Tensor& x, const MixtureTensors& mixture,
                                          const MixtureTensors* target, const OptionalTensor& base,
@@ -127,7 +158,7 @@ std::optional<at::Tensor> decode_mixture(const at::Tensor& x, const MixtureTenso
   const int64_t d = x.size(-1), h = mixture.w_up->size(-1);
   const int64_t tokens = d == 0 ? 0 : x.numel() / d;
   const int index = std::max<int>(x.get_device(), 0);
-  const auto dtype = dtype_of(x);
+  const auto dtype = dtype_of(x.scalar_type());
   if (tokens < 1 || tokens > cuda::kMaxTokens || h < 1 || d > kMostWidth || h > kMostWidth ||
       !dtype) {
     return std::nullopt;
@@ -140,7 +171,7 @@ std::optional<at::Tensor> decode_mixture(const at::Tensor& x, const MixtureTenso
   call.tokens = (int)tokens, call.d = (int)d, call.h = (int)h, call.dtype = *dtype;
   call.x = x.const_data_ptr(), call.x_row = *x_row;
   if (base) {
-    const auto base_dtype = dtype_of(*base);
+    const auto base_dtype = dtype_of(base->scalar_type());
     if (!base_dtype) return std::nullopt;
     call.base = {base->const_data_ptr(), *base_dtype}, call.base_row = *base_row;
   }

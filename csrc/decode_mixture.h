@@ -25,4 +25,11 @@ std::optional<at::Tensor> decode_mixture(const at::Tensor& x, const MixtureTenso
                                          const MixtureTensors* target, const OptionalTensor& base,
                                          void* stream);
 
+// For tests and measurements: the grid of all calls from now on, 0 and 0 for what the plans say.
+void use_decode_grid(int cluster, int slices);
+
+// Blocks of a cluster and slices that the plan of a call has on a device.
+std::array<int, 2> decode_grid(int index, int tokens, int d, int h, int units, int target_units,
+                               at::ScalarType type);
+
 }  // namespace pemt_fast

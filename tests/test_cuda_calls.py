@@ -19,7 +19,13 @@ from t5_factory import pemt_config, randomise, tiny_batch, tiny_t5
 
 import pemt_fast
 from pemt_fast import adapter_mixture, cli, doctor
-from pemt_fast.ops import adapter_mixture_with_hidden, cuda_library, dispatch, target_mixture
+from pemt_fast.ops import (
+    adapter_mixture_with_hidden,
+    cuda_library,
+    dispatch,
+    extension,
+    target_mixture,
+)
 from pemt_fast.ops.cuda_door import MOST_TOKENS, Target, takes_target
 from pemt_fast.ops.dispatch import unavailable_reasons
 from pemt_fast.ops.linear_mixture import linear_mixture
@@ -321,6 +327,26 @@ def test_plans_for_other_devices(emulated, only_decode, monkeypatch, facts, tick
             check(make_inputs(*lead, E=6, R=8, D=64, H=136, dtype=dtype))
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (2, 1), (8, 1), (1, 3), (4, 2), (2, 7)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_form_of_the_grid(device, only_decode, dtype, grid):
+    module = extension.load()
+    module.use_decode_grid(*grid)
+    try:
+        check(make_inputs(5, E=4, R=24, D=96, H=200, dtype=dtype, device=device))
+        inputs = make_inputs(3, 3, E=3, D=64, R=40, H=136, dtype=dtype, device=device)
+        target = make_target(136, 16, dtype, device)
+        expected = with_target(inputs, target, impl="torch")
+        torch.testing.assert_close(with_target(inputs, target), expected, rtol=5e-2, atol=5e-2)
+    finally:
+        module.use_decode_grid(0, 0)
+
+
+def test_a_grid_that_cannot_be():
+    with pytest.raises(ValueError, match="a grid has clusters of 1, 2, 4 or 8 .* got 3 and 1"):
+        extension.load().use_decode_grid(3, 1)
+
+
 def test_too_many_units_for_a_block_without_a_counter(emulated, monkeypatch, taken):
     """Then no plan fits, and the call is for the Triton kernels."""
     monkeypatch.setenv("PEMT_FAST_EMULATED_DEVICE", "8 49152 1")
@@ -388,6 +414,17 @@ def test_a_target_adapter_is_one_launch(emulated, only_decode):
         before = launches(emulated)
         with_target(inputs, target)
         assert launches(emulated) == before + 1
+
+
+def test_a_profiler_sees_the_one_operator(emulated, only_decode):
+    inputs = make_inputs(2, 3, E=3, D=64, R=8, H=40)
+    target = make_target(40, 16, torch.float32, "cpu")
+    with loaded(emulated):
+        expected, before = with_target(inputs, target), launches(emulated)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            torch.testing.assert_close(with_target(inputs, target), expected, **BITWISE)
+        assert launches(emulated) == before + 1
+    assert "pemt_fast::mixture_with_target" in {event.name for event in profile.events()}
 
 
 def test_with_gradients_they_are_two_calls(device):

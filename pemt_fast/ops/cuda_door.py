@@ -53,11 +53,30 @@ def door(
     """The output of an eager call; None if it is not for this kernel, or breaks a rule."""
     if _module is None or not _means_cuda(impl, x):
         return None
-    behind = () if target is None else target
-    if not nobody_watches(x, gate, w_down, w_up, b_down, b_up, base, *behind[:4]):
+    behind = () if target is None else target[:4]
+    if not nobody_watches(x, gate, w_down, w_up, b_down, b_up, base, *behind):
         return None
+    return launch(x, gate, w_down, w_up, b_down, b_up, base, activation, ranks, target)
+
+
+def launch(
+    x: Tensor,
+    gate: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    base: Tensor | None,
+    activation: str,
+    ranks: Sequence[int] | None,
+    target: Target | None = None,
+) -> Tensor | None:
+    """The output, whoever watches; None if the call is not for this kernel, or breaks a rule."""
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
+    behind = () if target is None else target
+    assert _module is not None
     return _module.decode_mixture(
-        x, gate, w_down, w_up, b_down, b_up, base, activation, ranks, _stream(x), *behind
+        x, gate, w_down, w_up, b_down, b_up, base, activation, ranks, stream, *behind
     )
 
 
@@ -87,10 +106,6 @@ def takes_target(impl: str, x: Tensor) -> bool:
     return _means_cuda(impl, x)
 
 
-def _stream(x: Tensor) -> int:
-    return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
-
-
 def decode(
     x: Tensor,
     gate: Tensor,
@@ -98,7 +113,6 @@ def decode(
     base: Tensor | None,
     ranks: tuple[int, ...],
     activation: str,
-    target: Target | None = None,
 ) -> Tensor | None:
     """The output `[T, H]` for flat tensors; None if the kernel cannot read one as it lies."""
     if gate.dtype == torch.float64:
@@ -107,11 +121,10 @@ def decode(
         base = base.float()
     # As the contract has it: the sizes of the gate are the first ones of x.
     groups = max(gate.shape[0], 1)
-    assert _module is not None
     with torch.no_grad():
-        out = _module.decode_mixture(
+        out = launch(
             x.unflatten(0, (groups, -1)), gate, weights.w_down, weights.w_up, weights.b_down,
             weights.b_up, None if base is None else base.unflatten(0, (groups, -1)),
-            activation, ranks, _stream(x), *(() if target is None else target),
+            activation, ranks,
         )  # fmt: skip
     return None if out is None else out.view(-1, out.shape[-1])

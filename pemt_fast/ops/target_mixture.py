@@ -71,7 +71,7 @@ def mixture_with_target(
         )
         if out is not None:
             return out
-    elif autocast_dtype(x.device.type) is None and target.down.dtype == x.dtype == target.up.dtype:
+    if autocast_dtype(x.device.type) is None and cuda_door.takes_target(impl, x):
         check_adapter_mixture(x, gate, w_down, w_up, b_down, b_up, base, activation, ranks)
         return torch.ops.pemt_fast.mixture_with_target(
             x, gate, w_down, w_up, b_down, b_up, base, ranks, activation, *target
@@ -122,8 +122,8 @@ def _forward(
 ) -> Tensor:
     target = Target(*behind)
     with torch.no_grad():
-        out = cuda_door.door(
-            x, gate, w_down, w_up, b_down, b_up, base, activation, "cuda", tuple(ranks), target
+        out = cuda_door.launch(
+            x, gate, w_down, w_up, b_down, b_up, base, activation, tuple(ranks), target
         )
         if out is not None:
             return out

@@ -14,7 +14,7 @@ from pemt_fast.ops.validation import ACTIVATIONS
 from pemt_fast.testing import GATE_FORMS, MixtureInputs, make_inputs
 
 DEVICE = "cuda"
-IMPLS = ["torch", "triton"]
+IMPLS = ["torch", "triton", "cuda"]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 FORM_IDS = ["percall", "persequence", "pertoken"]
 BITWISE = {"rtol": 0, "atol": 0}
