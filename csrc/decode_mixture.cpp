@@ -181,7 +181,7 @@ std::optional<at::Tensor> decode_mixture(const at::Tensor& x, const MixtureTenso
   const c10::DeviceGuard guard(x.device());
   cuda::DecodePlans plans = planned(call, *device, true);
   if (plans.mixture.slices > 1) {
-    call.ticket = cuda_library()->ticket(stream);
+    call.ticket = cuda_library()->ticket(index, stream);
     if (call.ticket == nullptr) plans = planned(call, *device, false);
   }
   if (plans.mixture.cluster == 0) return std::nullopt;
@@ -194,7 +194,7 @@ std::optional<at::Tensor> decode_mixture(const at::Tensor& x, const MixtureTenso
     call.workspace = workspace.mutable_data_ptr<float>();
   }
   call.out = out.mutable_data_ptr();
-  const char* error = cuda_library()->decode(call, plans, stream);
+  const char* error = cuda_library()->decode(index, call, plans, stream);
   TORCH_CHECK(error == nullptr, "the launch of pemt_fast's decode kernel on ", x.device(),
               " failed: ", error);
   return out;

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from cuda_kernels import build_emulated
-from cuda_sources import COMPILER, ROOT
+from cuda_kernels import emulated_library
+from cuda_sources import ROOT
 from implementations import needs_extension
 
 FOLDER = ROOT / "benchmarks"
@@ -31,10 +31,9 @@ def run(out, *options, **environment):
 
 @needs_extension
 @pytest.mark.slow
-def test_all_contenders_are_checked_and_timed(tmp_path):
-    if COMPILER is None:
-        pytest.skip("no C++ compiler here")
-    named = {"PEMT_FAST_CUDA_LIBRARY": str(build_emulated(tmp_path)), "TRITON_INTERPRET": "1"}
+def test_all_contenders_are_checked_and_timed(tmp_path, tmp_path_factory):
+    library = emulated_library(tmp_path_factory)
+    named = {"PEMT_FAST_CUDA_LIBRARY": str(library), "TRITON_INTERPRET": "1"}
     done, found, page = run(tmp_path, "--only", "T1 + target", "--no-models", **named)
     assert done.returncode == 0, done.stdout + done.stderr
     for dtype in ("fp32", "bf16"):

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from cuda_kernels import build_emulated, forget, launches, loaded
+from cuda_kernels import emulated_library, forget, launches, loaded
 from cuda_sources import COMPILER, HELPERS, needs_compiler
 from implementations import needs_extension, needs_triton
 from t5_factory import pemt_config, randomise, tiny_batch, tiny_t5
@@ -25,6 +25,7 @@ from pemt_fast.ops import (
     dispatch,
     extension,
     target_mixture,
+    triton_door,
 )
 from pemt_fast.ops.cuda_door import MOST_TOKENS, Target, takes_target
 from pemt_fast.ops.dispatch import unavailable_reasons
@@ -48,9 +49,7 @@ FORM_IDS = ["percall", "persequence", "pertoken"]
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
-    if COMPILER is None:
-        pytest.skip("no C++ compiler here")
-    return build_emulated(tmp_path_factory.mktemp("emulated"))
+    return emulated_library(tmp_path_factory)
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -74,6 +73,8 @@ def only_decode(monkeypatch):
         raise AssertionError("this call went to the Triton kernels")
 
     monkeypatch.setattr(triton_backend, "forward", refuse)
+    monkeypatch.setattr(triton_backend, "forward_call", refuse)
+    triton_door.CALLS.clear()
 
 
 @pytest.fixture
@@ -88,6 +89,7 @@ def taken(monkeypatch):
         return right(x, *others)
 
     monkeypatch.setattr(triton_backend, "forward", count)
+    monkeypatch.setattr(triton_door, "door", lambda *_: None)  # the same without that function
     assert cuda_backend.triton_backend is triton_backend
     return tokens
 
@@ -246,6 +248,17 @@ def test_all_other_calls_are_for_the_triton_kernels(device, taken):
         many = make_inputs(MOST_TOKENS + 1, E=2, D=16, R=8, H=16, device=device)
         many.call(adapter_mixture, impl="cuda")
     assert taken == [6, 6, MOST_TOKENS + 1]
+
+
+def test_many_tokens_take_the_short_way_to_the_triton_kernels(device, monkeypatch):
+    from pemt_fast.ops import autograd
+
+    inputs = make_inputs(MOST_TOKENS + 1, E=2, D=16, R=8, H=16, device=device)
+    with torch.no_grad():
+        expected = inputs.call(adapter_mixture, impl="torch")
+        monkeypatch.setattr(autograd, "adapter_mixture", None)  # the long way
+        out = inputs.call(adapter_mixture, impl="cuda")
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_no_tokens_and_no_units_to_speak_of(device):

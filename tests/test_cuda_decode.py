@@ -11,21 +11,12 @@ from pathlib import Path
 
 import pytest
 import triton
-from cuda_sources import COMPILER, HELPERS, PLAN, needs_compiler, needs_nvcc
+from cuda_sources import compiled, needs_compiler, needs_nvcc
 
 from pemt_fast.ops import cuda_library
 
-SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-
-
-def build(folder, source, *flags):
-    program = folder / Path(source).stem
-    subprocess.run(
-        [COMPILER, "-std=c++17", "-O1", "-g", *flags, "-o", program, HELPERS / source,
-         PLAN], check=True,
-    )  # fmt: skip
-    return program
 
 
 def run(program, *arguments):
@@ -41,7 +32,7 @@ def run(program, *arguments):
 
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("emulation"), "decode_emulation.cpp", *SANITIZED)
+    return compiled(tmp_path_factory, "decode_emulation.cpp", "decode_emulation", *SANITIZED)
 
 
 def compute(emulation, *, sizes, gates=1, grid=(1, 1), activation="gelu", dtype="bf16",
@@ -128,7 +119,7 @@ def test_columns_in_several_passes(emulation, grid, dtype):
 
 @pytest.fixture(scope="module")
 def planner(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("plan"), "decode_plans.cpp", *SANITIZED)
+    return compiled(tmp_path_factory, "decode_plans.cpp", "decode_plans", *SANITIZED)
 
 
 H200, A100, RTX = (132, 232448, 8), (108, 166912, 1), (48, 101376, 1)
@@ -195,7 +186,7 @@ def test_a_plan_that_fits_nowhere_has_no_blocks(planner):
 class TestMachineCode:
     """Of the library that `make build` has compiled: nvcc is here, so it must be there."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def listing(self):
         def show(what, architecture):
             assert cuda_library.missing_reason() is None, cuda_library.missing_reason()
@@ -223,3 +214,9 @@ class TestMachineCode:
             name = kernel.split("\n", 1)[0]
             assert ("HMMA.16816.F32" in kernel) == ("decodeIf" not in name), name
             assert ("UCGABAR_ARV" in kernel) == (architecture != "80"), name
+
+    def test_the_library_needs_neither_torch_nor_its_cuda(self):
+        """So that a torch for another CUDA, or for none, does not matter."""
+        content = cuda_library.FILE.read_bytes()
+        for name in (b"libcudart.so", b"libtorch", b"libc10"):
+            assert name not in content

@@ -47,6 +47,13 @@ struct DecodePlan {
   size_t shared_bytes, workspace_bytes;
 
   constexpr int own_units() const { return units / cluster; }
+  // Floats of a unit or column: odd, so that neighbours lie in different banks of shared memory.
+  constexpr int sums_row() const { return tokens + 1; }
+  // Sums of both products lie in the same place, one after the other.
+  constexpr size_t sums_bytes() const {
+    const int down = parts_d * own_units(), up = parts_n * pass;
+    return 4 * size_t(sums_row()) * size_t(down > up ? down : up);
+  }
   constexpr int pass_tiles() const { return (pass + kTileColumns - 1) / kTileColumns; }
 };
 

@@ -46,7 +46,7 @@ struct DecodeBlock {
   int d;
   Values base;
   int64_t base_row;
-  float* sums;           // [part][own unit or column][token]
+  float* sums;           // [part][own unit or column][token + 1]
   int* poisoned;         // [token]
   int* flag;             // of the block
   int* adapter_of_unit;  // [unit] of the slice
@@ -62,10 +62,8 @@ struct DecodeBlock {
     base_row = target ? c.h : c.base_row;
     slice = target ? 0 : block_index() / p.cluster;
     rank = block_index() % p.cluster;
-    const size_t down = size_t(p.tokens) * p.parts_d * p.own_units() * 4;
-    const size_t up = size_t(p.tokens) * p.parts_n * p.pass * 4;
     sums = (float*)shared;
-    poisoned = (int*)(shared + (down > up ? down : up));
+    poisoned = (int*)(shared + p.sums_bytes());
     flag = poisoned + p.tokens;
     adapter_of_unit = flag + 4;
     hidden = (T*)(adapter_of_unit + p.units);
@@ -120,25 +118,30 @@ struct DecodeBlock {
     sync_block();
   }
 
-  // Gated hidden units of this block, into the shared memory of all blocks of the cluster. Units
-  // and tokens that there are not are 0.
+  DEVICE float gated_unit(int token, int u) const {
+    const int own = plan.own_units(), unit = first_unit() + rank * own + u;
+    if (token >= call.tokens || unit >= adapters.units) return 0.f;
+    const float g = gate(token, adapter_of(unit));
+    float z = adapters.b_down.data ? value_at(adapters.b_down, unit) : 0.f;
+    for (int part = 0; part < plan.parts_d; part++) {
+      z += sums[(part * own + u) * plan.sums_row() + token];
+    }
+    return g == 0.f ? 0.f : activated(z, adapters.activation) * g;
+  }
+
+  // Gated hidden units of this block, into the shared memory of all blocks of the cluster, four at
+  // a time. Units and tokens that there are not are 0.
   DEVICE void share_hidden() {
-    const int own = plan.own_units();
-    for (int i = thread(); i < own * plan.tokens; i += kThreads) {
-      const int token = i / own, u = i % own, unit = first_unit() + rank * own + u;
-      float value = 0.f;
-      if (token < call.tokens && unit < adapters.units) {
-        const float g = gate(token, adapter_of(unit));
-        float z = adapters.b_down.data ? value_at(adapters.b_down, unit) : 0.f;
-        for (int part = 0; part < plan.parts_d; part++) {
-          z += sums[(part * own + u) * plan.tokens + token];
-        }
-        value = g == 0.f ? 0.f : activated(z, adapters.activation) * g;
-      }
-      const T rounded = from_float<T>(value);
-      for (int to = 0; to < plan.cluster; to++) {
-        peer(hidden, to)[token * hidden_row() + rank * own + u] = rounded;
-      }
+    struct alignas(4 * sizeof(T)) Four {
+      T values[4];
+    };
+    const int fours = plan.own_units() / 4;
+    for (int i = thread(); i < fours * plan.tokens; i += kThreads) {
+      const int token = i / fours, u = i % fours * 4;
+      Four four;
+      UNROLL for (int j = 0; j < 4; j++) four.values[j] = from_float<T>(gated_unit(token, u + j));
+      T* own = hidden + token * hidden_row() + rank * plan.own_units() + u;
+      for (int to = 0; to < plan.cluster; to++) *(Four*)peer(own, to) = four;
     }
     sync_all();
   }
@@ -161,7 +164,7 @@ struct DecodeBlock {
       const int token = i / columns, column = i % columns;
       float value = poisoned[token] ? not_a_number() : 0.f;
       for (int part = 0; part < plan.parts_n; part++) {
-        value += sums[(part * plan.pass + column) * plan.tokens + token];
+        value += sums[(part * plan.pass + column) * plan.sums_row() + token];
       }
       if (plan.slices == 1) {
         write(token, first + column, value);

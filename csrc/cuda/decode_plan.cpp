@@ -29,18 +29,16 @@ DecodePlan plan_of(const DecodeSizes& z, const DecodeDevice& device, int cluster
   const size_t tokens = size_t(p.tokens);
   size_t hidden = tokens * size_t(p.units + 8) * bytes_of(z.dtype);
   hidden += (tokens + size_t(p.units)) * 4 + 16;
-  // Sums of both products lie in the same place, one after the other: of as many warps as fit.
-  const auto warps_for = [&](size_t rows) {
+  // As many warps as there is room for their sums.
+  const auto warps_for = [&](int rows) {
     const size_t all = size_t(device.shared_bytes), room = all > hidden ? all - hidden : 0;
-    return std::max(1, std::min(kWarps, int(room / (rows * tokens * 4))));
+    return std::max(1, std::min(kWarps, int(room / (4 * size_t(rows * p.sums_row())))));
   };
   const int down_warps = warps_for(kTile), up_warps = warps_for(kTileColumns);
   p.parts_d = std::max(1, std::min(down_warps / (p.own_units() / kTile), divided(z.d, 32)));
   p.pass = std::min(p.columns, up_warps * kTileColumns);
   p.parts_n = std::max(1, std::min(up_warps / p.pass_tiles(), p.units / kTile));
-  const size_t down = tokens * size_t(p.parts_d) * size_t(p.own_units()) * 4;
-  const size_t up = tokens * size_t(p.parts_n) * size_t(p.pass) * 4;
-  p.shared_bytes = std::max(down, up) + hidden;
+  p.shared_bytes = p.sums_bytes() + hidden;
   const bool summed = p.slices > 1;
   p.workspace_bytes = summed ? size_t(p.slices) * size_t(z.tokens) * size_t(z.h) * 4 : 0;
   return p;

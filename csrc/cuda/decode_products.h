@@ -47,7 +47,7 @@ DEVICE uint32_t make_finite(Eight& values) {
   return found;
 }
 
-// Rows of a first factor, tokens of a second one, and where their sums go: [part][row][token].
+// Rows of a first factor, tokens of a second one, and where their sums go: [part][row][token + 1].
 struct Dots {
   const uint16_t* weights;
   int64_t weights_row;
@@ -101,7 +101,7 @@ DEVICE void dot_products(const Dots& d, Mend mend) {
     for (int half = 0; half < 2; half++) {
       const int to = tile * kTile + g + half * 8;
       if (to >= d.sums_rows) continue;
-      float* sums = d.sums + (part * d.sums_rows + to) * kTokens + 2 * i;
+      float* sums = d.sums + (part * d.sums_rows + to) * (kTokens + 1) + 2 * i;
       for (int e = 0; e < kEights; e++) {
         sums[e * 8] = acc[e][2 * half];
         sums[e * 8 + 1] = acc[e][2 * half + 1];
@@ -219,7 +219,7 @@ DEVICE void up_products(DecodeBlock<T>& b, int first) {
       const int at = tile * kTileColumns + g * 8 + j;
       for (int half = 0; half < 2; half++) {
         if (at + 4 * half >= b.plan.pass) continue;
-        float* sums = b.sums + (part * b.plan.pass + at + 4 * half) * kTokens + 2 * i;
+        float* sums = b.sums + (part * b.plan.pass + at + 4 * half) * (kTokens + 1) + 2 * i;
         for (int e = 0; e < kEights; e++) {
           sums[e * 8] = acc[j][e][2 * half];
           sums[e * 8 + 1] = acc[j][e][2 * half + 1];
@@ -250,7 +250,7 @@ DEVICE void down_products_f32(const DecodeBlock<float>& b) {
     }
     UNROLL for (int t = 0; t < kTokens; t++) {
       const float sum = sum_of_lanes(acc[t]);
-      if (lane() == 0) b.sums[(part * own + u) * kTokens + t] = sum;
+      if (lane() == 0) b.sums[(part * own + u) * (kTokens + 1) + t] = sum;
     }
   }
 }
@@ -283,7 +283,7 @@ DEVICE void up_products_f32(DecodeBlock<float>& b, int first) {
             weight * b.hidden[t * b.hidden_row() + u];
       }
       UNROLL for (int t = 0; t < kTokens; t++) {
-        b.sums[(part * b.plan.pass + own) * kTokens + t] = acc[t];
+        b.sums[(part * b.plan.pass + own) * (kTokens + 1) + t] = acc[t];
       }
     }
   }

@@ -52,15 +52,11 @@ const char* describe(int device, DecodeDevice* found) {
   return text_of(error == cudaSuccess ? back : error);
 }
 
-unsigned* ticket(void* stream) {
-  int device = 0;
+unsigned* ticket(int device, void* stream) {
   cudaStreamCaptureStatus status{};
   unsigned long long capture = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return nullptr;
-  if (cudaStreamGetCaptureInfo((cudaStream_t)stream, &status, &capture) != cudaSuccess) {
-    (void)cudaGetLastError();
-    return nullptr;
-  }
+  if (device >= kDevices || text_of(cudaSetDevice(device)) != nullptr) return nullptr;
+  if (text_of(cudaStreamGetCaptureInfo((cudaStream_t)stream, &status, &capture))) return nullptr;
   if (status != cudaStreamCaptureStatusActive) capture = 0;
   static std::mutex mutex;
   static std::map<std::tuple<int, void*, unsigned long long>, int> numbers;
@@ -68,10 +64,7 @@ unsigned* ticket(void* stream) {
   static unsigned* first[kDevices];
   const std::lock_guard<std::mutex> lock(mutex);
   if (first[device] == nullptr) {
-    if (cudaGetSymbolAddress((void**)&first[device], tickets) != cudaSuccess) {
-      (void)cudaGetLastError();
-      return nullptr;
-    }
+    if (text_of(cudaGetSymbolAddress((void**)&first[device], tickets))) return nullptr;
   }
   const auto key = std::make_tuple(device, stream, capture);
   const auto found = numbers.find(key);
@@ -82,8 +75,9 @@ unsigned* ticket(void* stream) {
   return first[device] + used[device]++;
 }
 
-const char* decode(const Decode& call, const DecodePlans& plans, void* stream) {
-  return text_of(launch_decode(call, plans, (cudaStream_t)stream));
+const char* decode(int device, const Decode& call, const DecodePlans& plans, void* stream) {
+  const cudaError_t error = cudaSetDevice(device);
+  return text_of(error != cudaSuccess ? error : launch_decode(call, plans, (cudaStream_t)stream));
 }
 
 const Library library{kLayout,

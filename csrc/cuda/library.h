@@ -10,7 +10,7 @@
 namespace pemt_fast::cuda {
 
 // Counts up with every change of what is said here and in decode.h.
-constexpr int kLayout = 1;
+constexpr int kLayout = 2;
 
 struct Library {
   int layout;
@@ -23,12 +23,13 @@ struct Library {
   // Finds out about a device, and loads the kernels there, which no capture may have to do.
   const char* (*describe)(int device, DecodeDevice* found);
 
-  // A counter for the calls on a stream of the current device, 0 between them; null when there are
-  // no more. Calls in a captured graph have one of their own.
-  unsigned* (*ticket)(void* stream);
+  // A counter for the calls on a stream of a device, 0 between them; null when there are no more.
+  // Calls in a captured graph have one of their own.
+  unsigned* (*ticket)(int device, void* stream);
 
-  // Launches a call on a stream (a cudaStream_t) of the current device; waits for nothing.
-  const char* (*decode)(const Decode& call, const DecodePlans& plans, void* stream);
+  // Launches a call on a stream (a cudaStream_t) of a device, which is then the current one of the
+  // thread; waits for nothing.
+  const char* (*decode)(int device, const Decode& call, const DecodePlans& plans, void* stream);
 };
 
 }  // namespace pemt_fast::cuda

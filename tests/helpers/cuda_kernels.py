@@ -1,25 +1,19 @@
 """The library of CUDA kernels with its threads emulated, for CPU tensors."""
 
 import ctypes
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cuda_sources import COMPILER, HELPERS, PLAN
+from cuda_sources import compiled
 
 from pemt_fast.ops import cuda_door, cuda_library
 
 
-def build_emulated(folder: Path) -> Path:
-    """Compile it."""
-    library = folder / "emulated.so"
-    subprocess.run(
-        [COMPILER, "-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-o", library,
-         HELPERS / "emulated_library.cpp", PLAN], check=True,
-    )  # fmt: skip
-    return library
+def emulated_library(factory: pytest.TempPathFactory) -> Path:
+    """Compile it, once for all processes of a run."""
+    return compiled(factory, "emulated_library.cpp", "emulated.so", "-O2", "-shared", "-fPIC")
 
 
 def forget() -> None:

@@ -163,16 +163,20 @@ inline uint32_t exponent_bits<F16>() {
   return 0x7c00u;
 }
 
+// The sums of the device's butterfly, each lane for itself: waiting is what is slow here.
 DEVICE float sum_of_lanes(float value) {
   float* values = me().block->values + warp() * 32;
+  values[lane()] = value;
+  sync_warp();
+  float sums[32];
+  std::copy(values, values + 32, sums);
+  sync_warp();
   for (int step = 16; step > 0; step /= 2) {
-    values[lane()] = value;
-    sync_warp();
-    const float other = values[lane() ^ step];
-    sync_warp();
-    value += other;
+    float next[32];
+    for (int i = 0; i < 32; i++) next[i] = sums[i] + sums[i ^ step];
+    std::copy(next, next + 32, sums);
   }
-  return value;
+  return sums[lane()];
 }
 
 DEVICE Eight load_eight(const uint16_t* from) {

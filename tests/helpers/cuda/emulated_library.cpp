@@ -27,7 +27,7 @@ const char* describe(int device, DecodeDevice* found) {
   return device == 0 ? nullptr : "there is one emulated device";
 }
 
-unsigned* ticket(void*) {
+unsigned* ticket(int, void*) {
   static unsigned counter = 0;
   const char* wanted = std::getenv("PEMT_FAST_EMULATED_TICKETS");
   return wanted != nullptr && std::atoi(wanted) == 0 ? nullptr : &counter;
@@ -47,7 +47,7 @@ void run(const Decode& call, const DecodePlans& plans) {
 
 long launches = 0;
 
-const char* decode(const Decode& call, const DecodePlans& plans, void*) {
+const char* decode(int, const Decode& call, const DecodePlans& plans, void*) {
   if (const char* error = std::getenv("PEMT_FAST_EMULATED_ERROR")) return error;
   static std::mutex mutex;  // one grid at a time
   const std::lock_guard<std::mutex> lock(mutex);
