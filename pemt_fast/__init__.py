@@ -31,6 +31,7 @@ _EXPORTS = {
     "PromptTuningConfig": "pemt_fast.methods.prompt_tuning",
     "UNSEEN_TASK": "pemt_fast.nn.routing",
     "adapter_mixture": "pemt_fast.ops",
+    "fuse": "pemt_fast.fusing",
     "get_model": "pemt_fast.attach",
     "export_peft_lora": "pemt_fast.interop.peft_files",
     "load": "pemt_fast.attach",
@@ -40,12 +41,14 @@ _EXPORTS = {
     "published_names": "pemt_fast.interop.published_pemt",
     "skill_mixture": "pemt_fast.ops.skill_mixture",
     "task_sparsity_loss": "pemt_fast.ops",
+    "unfuse": "pemt_fast.fusing",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
     from pemt_fast.attach import get_model, load
+    from pemt_fast.fusing import fuse, unfuse
     from pemt_fast.interop.mttl_files import load_mttl
     from pemt_fast.interop.peft_files import export_peft_lora, load_peft
     from pemt_fast.interop.published_pemt import load_published_pemt, published_names

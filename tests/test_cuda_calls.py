@@ -170,6 +170,18 @@ def test_rows_with_holes_between_them(device, only_decode):
     )
     check(inputs.replace(x=wide_x[:, :48], base=wide_base[:, :40]))
     check(inputs.replace(x=inputs.x[:1].expand(6, 48), base=inputs.base[:1].expand(6, 40)))
+    inputs = make_inputs(2, 5, E=3, D=48, R=8, H=40, gate="[B, E]", device=device)
+    one = inputs.replace(x=inputs.x.detach()[:, :1], base=inputs.base.detach()[:, :1])
+    check(one)  # the first token of each sequence: one distance
+
+
+def test_rows_at_unequal_distances(device):
+    """They are for the Triton kernels, as is a transpose with holes."""
+    inputs = make_inputs(2, 5, E=1, D=48, R=8, H=40, device=device)
+    check(inputs.replace(x=inputs.x.detach()[:, :3], base=inputs.base.detach()[:, :3]))
+    wide = torch.full((40, 12), math.nan, device=device)
+    wide[:, :8] = inputs.w_up.detach()[0].t()
+    check(inputs.replace(w_up=wide[:, :8].t().unsqueeze(0)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -33,6 +33,7 @@ ARROWS = {
     "console": set(),
     "training": {"attach", "interop", "data", "testing", "timing", "version"},
     "interop": {"methods", "attach"},
+    "fusing": {"nn"},
     "methods": {"data", "model", "peml_model"},
     "attach": {"attached"},
     "model": {"attached", "inputs"},
