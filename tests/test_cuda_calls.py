@@ -148,6 +148,12 @@ def test_mixed_dtypes(device, only_decode, dtype, others, gate):
     check(make_inputs(3, 5, gate=gate, dtype=DTYPES[dtype], device=device, **others))
 
 
+@pytest.mark.parametrize("name", ["w_down", "w_up", "b_down", "b_up"])
+def test_one_parameter_in_another_dtype(device, only_decode, name):
+    inputs = make_inputs(3, 5, dtype=torch.bfloat16, device=device)
+    check(inputs.replace(**{name: getattr(inputs, name).detach().float()}))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("param_layout", LAYOUTS)
 def test_any_strides(device, layout, param_layout):

@@ -75,11 +75,12 @@ def logits(model, **inputs):
 
 def calls_of(monkeypatch):
     """Which operators a fused model calls."""
-    from pemt_fast.fusing import peft_poly, protocol
+    from pemt_fast.fusing import peft_lora, peft_poly, protocol
 
     seen = []
     for module, name in (
-        (protocol, "linear_mixture"), (protocol, "adapter_mixture"), (peft_poly, "skill_mixture")
+        (protocol, "linear_mixture"), (protocol, "adapter_mixture"),
+        (peft_poly, "skill_mixture"), (peft_lora, "skill_mixture"),
     ):  # fmt: skip
         right = getattr(module, name)
 
@@ -111,8 +112,13 @@ def test_lora_has_the_outputs_and_gradients_it_had(monkeypatch, adapters, change
     [["default", "__base__", "b"], ["b"] * 3, ["__base__"] * 3, ["b", "default", "unknown"]],
     ids=["mixed", "one", "none", "unknown"],
 )
-def test_an_adapter_for_each_sequence(names):
+@pytest.mark.parametrize("equal", [True, False], ids=["equal-ranks", "unequal-ranks"])
+def test_an_adapter_for_each_sequence(names, equal):
     model = lora_model().eval()
+    if equal:
+        model.add_adapter("c", peft.LoraConfig(r=4, lora_alpha=7, target_modules=TARGETS))
+        names = [{"b": "c"}.get(name, name) for name in names]
+        randomised(model)
     if "unknown" in names:  # peft refuses it before any layer is called
         with pytest.raises(ValueError):
             logits(model, adapter_names=names)
@@ -133,6 +139,18 @@ def test_adapters_in_float32_on_a_model_in_bfloat16():
     found = layer(x)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, rtol=8e-3, atol=1e-6)  # one rounding step
+
+
+def test_sequences_of_other_lengths_and_ranks_take_one_operator_each(monkeypatch):
+    model = lora_model(adapters=("default", "b")).eval()
+    model.add_adapter("c", peft.LoraConfig(r=4, target_modules=TARGETS))
+    pemt_fast.fuse(model)
+    seen = calls_of(monkeypatch)
+    logits(model, adapter_names=["c", "default", "c"])
+    assert seen == ["skill_mixture"] * 16
+    seen.clear()
+    logits(model, adapter_names=["c", "b", "c"])  # of ranks 4 and 6
+    assert seen == ["linear_mixture"] * 16
 
 
 def test_dropout_in_training_is_pefts(monkeypatch):

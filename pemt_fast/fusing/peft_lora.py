@@ -2,9 +2,10 @@
 """peft's LoRA on linear layers: one active adapter, several, or one per sequence of a batch.
 
 peft computes `result = base(x)`, then in a loop `result += B_e(A_e(dropout(x)))·scaling_e`, or with
-`adapter_names` one pass per adapter over its rows. Here all adapters are one call of the operator;
-the scalings are the gate, and in a mixed batch a row of it has one that is not 0. The dtypes are
-peft's: the adapters compute in theirs, the result has that of the base layer.
+`adapter_names` one pass per adapter over its rows. Here all adapters are one call: several active
+ones of `adapter_mixture` with the scalings as gate, one per sequence of `skill_mixture` if their
+ranks are equal, else with a gate that has one scaling in a row. The dtypes are peft's: the adapters
+compute in theirs, the result has that of the base layer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pemt_fast.fusing.protocol import StackedCall
 from pemt_fast.nn.wrapped_linear import is_plain
+from pemt_fast.ops.skill_mixture import skill_mixture
 
 NO_ADAPTER = "__base__"  # peft's name for it in `adapter_names`
 
@@ -51,15 +53,19 @@ class PeftLora:
         if not names or self.why_not(module) or _drops(module, names):
             return None
         if adapter_names is None:
-            gate = _scalings(tuple(float(module.scaling[n]) for n in names), x.device)
-        else:
-            module._check_forward_args(x, adapter_names=adapter_names)
-            rows = tuple(
-                tuple(float(module.scaling[n]) if n == row else 0.0 for n in names)
-                for row in adapter_names
-            )
-            gate = _scalings(rows, x.device)
-        return _stacked(module, names, x, gate).run(impl)
+            gate = _on_device(tuple(float(module.scaling[n]) for n in names), x.device)
+            return _stacked(module, names, x, gate).run(impl)
+        module._check_forward_args(x, adapter_names=adapter_names)
+        factors = [(module.lora_A[n], module.lora_B[n]) for n in names]
+        if len({a.out_features for a, _ in factors}) == 1 and not any(
+            b.bias is not None for _, b in factors
+        ):
+            return _one_each(module, names, tuple(adapter_names), x, impl)
+        rows = tuple(
+            tuple(float(module.scaling[n]) if n == row else 0.0 for n in names)
+            for row in adapter_names
+        )
+        return _stacked(module, names, x, _on_device(rows, x.device)).run(impl)
 
 
 def _drops(module: Any, names: Sequence[str]) -> bool:
@@ -71,10 +77,33 @@ def _drops(module: Any, names: Sequence[str]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _scalings(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    """The gate, on the device once: making it there would wait for the host at every call."""
+def _on_device(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """A gate or ids, made once: bringing them to a device waits for the host at every call."""
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        is_ids = isinstance(values[0], int)
+        return torch.tensor(values, dtype=torch.long if is_ids else torch.float32, device=device)
+
+
+def _one_each(
+    module: Any, names: Sequence[str], rows: tuple[str, ...], x: Tensor, impl: str
+) -> Tensor:
+    """Adapters of equal rank, one for each sequence: no other one is multiplied.
+
+    Where a row names none of them a pair of zeros stands for it.
+    """
+    a = [module.lora_A[n].weight for n in names]
+    b = [module.lora_B[n].weight.t() * module.scaling[n] for n in names]
+    if any(row not in names for row in rows):
+        a, b = [*a, torch.zeros_like(a[0])], [*b, torch.zeros_like(b[0])]
+    ids = tuple(names.index(row) if row in names else len(names) for row in rows)
+    task_ids, dtype, base = _on_device(ids, x.device), a[0].dtype, module.base_layer
+    factors = (None, torch.stack(a), torch.stack(b))
+    if x.dtype == dtype and is_plain(base) and base.weight.dtype == dtype:
+        options: dict[str, Any] = {"weight": base.weight, "bias": base.bias}
+        return skill_mixture(x, *factors, task_ids=task_ids, impl=impl, **options)
+    result = base(x)
+    out = skill_mixture(x.to(dtype), *factors, task_ids=task_ids, base=result.to(dtype), impl=impl)
+    return out.to(result.dtype)
 
 
 def _stacked(module: Any, names: Sequence[str], x: Tensor, gate: Tensor) -> StackedCall:
