@@ -23,7 +23,7 @@ SMALL_CASES := every_form_of_the_grid or finite or unequal_ranks or one_launch o
 KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases sparsity_rows skill_mixture skill_linear linear_mixture,tests/test_$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-t5 bench-poly bench-decode sanitize-gpu clean
+.PHONY: help venv build demo test test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-t5 bench-poly bench-decode bench-fuse sanitize-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -121,6 +121,10 @@ bench-t5: $(BUILT)  ## time PEMT's second stage on T5, and its feed-forward tail
 bench-poly: $(BUILT)  ## time Poly and MHR against peft, on layers and on T5-base
 	@echo "==> Poly benchmark"
 	@$(BIN)/python benchmarks/bench_poly.py $(ARGS)
+
+bench-fuse: $(BUILT)  ## time fuse(model) on peft's adapters
+	@echo "==> fuse benchmark"
+	@$(BIN)/python benchmarks/bench_fuse.py $(ARGS)
 
 bench-decode: $(BUILT)  ## time calls of few tokens and generation, on a GPU
 	@echo "==> generation benchmark"

@@ -1,0 +1,53 @@
+"""`benchmarks/bench_fuse.py`: both forms are compared before they are timed, and its page."""
+
+import argparse
+import dataclasses
+import sys
+
+import pytest
+from cuda_sources import ROOT
+
+pytest.importorskip("peft", reason="peft is a development dependency")
+FOLDER = ROOT / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+import bench_fuse  # noqa: E402
+from t5_cases import Shape  # noqa: E402
+
+sys.path.remove(str(FOLDER))
+
+OPTIONS = argparse.Namespace(device="cpu", layers=1, rounds=2)
+STAMP = {"gpu": None, "cpu": "C", "threads": 1, "torch": "", "commit": "abc", "date": ""}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    tiny = Shape("tiny", H=32, D=48, heads=4, d_kv=8, layers=1, vocabulary=40)
+    monkeypatch.setattr(bench_fuse, "SHAPES", (tiny, tiny))
+
+
+def small(case):
+    return dataclasses.replace(case, B=4, source=6, target=3)
+
+
+@pytest.mark.parametrize("case", bench_fuse.CASES, ids=lambda case: case.name)
+def test_every_case_is_compared_and_timed(case):
+    rows = [
+        bench_fuse.measure(small(case), dtype, mode, OPTIONS)
+        for dtype in ("fp32", "bf16")
+        for mode in case.modes
+    ]
+    assert not [row for row in rows if "error" in row]
+    assert all(row["speedup"] > 0 and set(row["ms"]) == {"peft", "fused"} for row in rows)
+    page = bench_fuse.page({"environment": STAMP, "layers": 1, "rounds": 2, "rows": rows})
+    assert page.count(f"| {case.name} |") == len(rows)
+
+
+def test_a_wrong_result_is_refused(monkeypatch):
+    from pemt_fast.fusing import protocol
+
+    right = protocol.StackedCall.run
+    monkeypatch.setattr(protocol.StackedCall, "run", lambda self, impl: right(self, impl) * 1.01)
+    row = bench_fuse.measure(small(bench_fuse.CASES[1]), "fp32", "step", OPTIONS)
+    assert "from float64, peft's" in row["error"] and "ms" not in row
+    page = bench_fuse.page({"environment": STAMP, "layers": 1, "rounds": 2, "rows": [row]})
+    assert row["error"] in page
