@@ -234,7 +234,8 @@ def main() -> int:
     stamp = environment(pin_threads(options.threads), options.commit)
     found: dict[str, Any] = {"environment": stamp, "calls": [], "generation": []}
     name = f"{options.device}-decode-{str(stamp['date'])[:10]}-{stamp['commit'] or 'nogit'}"
-    path = Path(options.out) / f"{name}.json"
+    # A folder of its own below the results of the suites that report.py reads.
+    path = Path(options.out) / "decode" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:

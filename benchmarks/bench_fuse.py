@@ -203,7 +203,8 @@ def main() -> int:
         "environment": stamp, "layers": options.layers, "rounds": options.rounds, "rows": [],
     }  # fmt: skip
     name = f"{options.device}-fuse-{str(stamp['date'])[:10]}-{stamp['commit'] or 'nogit'}"
-    path = Path(options.out) / f"{name}.json"
+    # A folder of its own below the results of the suites that report.py reads.
+    path = Path(options.out) / "fuse" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for case in cases:
         for dtype in DTYPES:

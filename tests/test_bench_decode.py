@@ -25,7 +25,7 @@ def run(out, *options, **environment):
         [*map(str, program), "--out", str(out), "--commit", "abc", *options],
         capture_output=True, text=True, env={**os.environ, **environment}, cwd=out,
     )  # fmt: skip
-    (written,) = out.glob("*.json")
+    (written,) = out.glob("decode/*.json")
     return done, json.loads(written.read_text()), written.with_suffix(".md").read_text()
 
 
