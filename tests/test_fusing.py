@@ -10,6 +10,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 peft = pytest.importorskip("peft", reason="peft is a development dependency")
 
+from implementations import INTERPRETED, needs_triton  # noqa: E402
+
 import pemt_fast  # noqa: E402
 from pemt_fast.fusing import FusedKind, StackedCall, default_kinds  # noqa: E402
 from pemt_fast.fusing.protocol import FusedModule  # noqa: E402
@@ -151,6 +153,19 @@ def test_sequences_of_other_lengths_and_ranks_take_one_operator_each(monkeypatch
     seen.clear()
     logits(model, adapter_names=["c", "b", "c"])  # of ranks 4 and 6
     assert seen == ["linear_mixture"] * 16
+
+
+@needs_triton
+@pytest.mark.skipif(not INTERPRETED, reason="the session has a GPU")
+def test_a_mixed_batch_through_kernels_that_skill_mixture_has_not():
+    model = lora_model(adapters=("default",)).eval()
+    model.add_adapter("c", peft.LoraConfig(r=4, target_modules=TARGETS))
+    layer = randomised(model).base_model.model.encoder.block[0].layer[0].SelfAttention.q
+    x, names = torch.randn(3, 4, 32), ["c", "default", "__base__"]
+    with torch.no_grad():
+        expected = layer(x, adapter_names=names)
+        pemt_fast.fuse(model, impl="triton")
+        torch.testing.assert_close(layer(x, adapter_names=names), expected, **CLOSE)
 
 
 def test_dropout_in_training_is_pefts(monkeypatch):

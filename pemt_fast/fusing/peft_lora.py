@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from pemt_fast.fusing.protocol import StackedCall
 from pemt_fast.nn.wrapped_linear import is_plain
-from pemt_fast.ops.skill_mixture import skill_mixture
-
-NO_ADAPTER = "__base__"  # peft's name for it in `adapter_names`
+from pemt_fast.ops.skill_mixture import IMPLS_WITHOUT_KERNELS, skill_mixture
 
 
 class PeftLora:
@@ -56,10 +54,9 @@ class PeftLora:
             gate = _on_device(tuple(float(module.scaling[n]) for n in names), x.device)
             return _stacked(module, names, x, gate).run(impl)
         module._check_forward_args(x, adapter_names=adapter_names)
-        factors = [(module.lora_A[n], module.lora_B[n]) for n in names]
-        if len({a.out_features for a, _ in factors}) == 1 and not any(
-            b.bias is not None for _, b in factors
-        ):
+        ranks = {module.lora_A[n].out_features for n in names}
+        is_simple = len(ranks) == 1 and all(module.lora_B[n].bias is None for n in names)
+        if is_simple and impl not in IMPLS_WITHOUT_KERNELS:
             return _one_each(module, names, tuple(adapter_names), x, impl)
         rows = tuple(
             tuple(float(module.scaling[n]) if n == row else 0.0 for n in names)

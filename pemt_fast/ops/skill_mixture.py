@@ -30,7 +30,7 @@ from pemt_fast.ops.skill_validation import check_skill_mixture
 from pemt_fast.ops.watchers import nobody_watches
 
 # Implementations that `adapter_mixture` has and this operator has not.
-_NO_KERNELS = ("triton", "cuda")
+IMPLS_WITHOUT_KERNELS = ("triton", "cuda")
 
 
 def skill_mixture(
@@ -119,10 +119,10 @@ def skill_mixture(
 
 
 def _resolve(impl: str, x: Tensor) -> str:
-    if impl in _NO_KERNELS:
+    if impl in IMPLS_WITHOUT_KERNELS:
         raise RuntimeError(
             f"impl={impl!r} cannot run: this version of pemt_fast ships no {impl} kernels for "
             "skill_mixture"
         )
     found = resolve_impl(impl, x.device, x.dtype)
-    return "torch" if found in _NO_KERNELS else found
+    return "torch" if found in IMPLS_WITHOUT_KERNELS else found
