@@ -5,12 +5,11 @@ import sys
 
 import pytest
 from cuda_sources import ROOT
+from fake_nvcc import fake_cuda
 
 SPEC = importlib.util.spec_from_file_location("build_cuda", ROOT / "csrc" / "build_cuda.py")
 build_cuda = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(build_cuda)
-
-KNOWN = "compute_75 compute_80 compute_90 compute_100"
 
 
 @pytest.fixture
@@ -19,18 +18,10 @@ def nvcc(tmp_path, monkeypatch):
     for name in ("CUDA_HOME", "CUDA_PATH", "PEMT_FAST_CUDA", "PEMT_FAST_CUDA_ARCHS"):
         monkeypatch.delenv(name, raising=False)
 
-    def make(version="release 13.0, V13.0.88", known=KNOWN, compile='echo "$call" > "$2"'):
-        program = tmp_path / "cuda" / "bin" / "nvcc"
-        program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text(
-            f'#!/bin/sh\ncall="$*"\ncase "$1" in\n--version) echo "{version}";;\n'
-            f"--list-gpu-arch) printf '%s\\n' {known};;\n"
-            f'*) echo >> "{tmp_path}/compiled"; while [ "$1" != -o ]; do shift; done; {compile};;\n'
-            "esac\n"
-        )
-        program.chmod(0o755)
-        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-        return program
+    def make(**options):
+        home = fake_cuda(tmp_path, **options)
+        monkeypatch.setenv("CUDA_HOME", str(home))
+        return home / "bin" / "nvcc"
 
     return make
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_nvcc import fake_cuda
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "pemt_fast"
@@ -335,19 +336,6 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     return wheel
 
 
-def fake_cuda(folder: Path, compile: str = 'echo compiled > "$2"') -> Path:
-    """A home of CUDA whose nvcc compiles in no time; `test_build_cuda.py` has more of them."""
-    nvcc = folder / "cuda" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(
-        '#!/bin/sh\ncase "$1" in\n--version) echo "release 13.0, V13.0.88";;\n'
-        "--list-gpu-arch) echo compute_80;;\n"
-        f'*) while [ "$1" != -o ]; do shift; done; {compile};;\nesac\n'
-    )
-    nvcc.chmod(0o755)
-    return folder / "cuda"
-
-
 @pytest.fixture(scope="module")
 def compiled_wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compiled")
@@ -498,8 +486,8 @@ def test_extension_that_is_built_removes_the_reason(small_source):
 @needs_compiler
 @pytest.mark.parametrize("fails", [False, True])
 def test_cuda_kernels_that_cannot_be_built_leave_the_extension_and_the_reason(small_source, fails):
-    compile = "echo 'unsupported GNU version' >&2; exit 1" if fails else 'echo compiled > "$2"'
-    home = fake_cuda(small_source, compile)
+    options = {"compile": "echo 'unsupported GNU version' >&2; exit 1"} if fails else {}
+    home = fake_cuda(small_source, **options)
     printed = build_in_place(
         small_source, PEMT_FAST_BUILD="1", PEMT_FAST_CUDA="", CUDA_HOME=str(home)
     )
