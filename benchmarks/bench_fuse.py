@@ -187,7 +187,19 @@ def page(found: dict[str, Any]) -> str:
             f"| {named} | {times[PEFT]:.1f} | {times[FUSED]:.1f} | {row['speedup']:.2f} "
             f"| {' | '.join(shown)} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_summary(found["rows"])]) + "\n"
+
+
+def _summary(rows: list[dict[str, Any]]) -> list[str]:
+    """The range of each mode, and how many cells are slower to the two digits shown."""
+    lines = []
+    for mode in (FORWARD, STEP):
+        known = [round(row["speedup"], 2) for row in rows if row["mode"] == mode and "ms" in row]
+        if known:
+            slower = sum(value < 1 for value in known)
+            lines.append(f"* {mode}: {min(known):.2f} to {max(known):.2f} of peft's speed, "
+                         f"{slower} of {len(known)} cells slower.")  # fmt: skip
+    return lines
 
 
 def main() -> int:

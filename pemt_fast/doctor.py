@@ -135,21 +135,11 @@ def _forward_only(
         yield "out", (run(inputs, impl), exact, run(inputs, "torch"))
 
 
-def _decoded(
-    x: Tensor,
-    gate: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    b_down: Tensor | None = None,
-    b_up: Tensor | None = None,
-    *,
-    activation: str,
-    base: Tensor | None = None,
-    impl: str = "cuda",
-    ranks: tuple[int, ...] | None = None,
-) -> Tensor:
+def _decoded(*tensors: Any, activation: str, impl: str, **options: Any) -> Tensor:
     """A call of `adapter_mixture` that no other kernel may take."""
-    out = cuda_door.door(x, gate, w_down, w_up, b_down, b_up, base, activation, impl, ranks)
+    behind = (options.get("base"), activation, impl, options.get("ranks"))
+    arguments: tuple[Any, ...] = (*tensors, *behind)
+    out = cuda_door.door(*arguments)
     if out is None:
         raise RuntimeError("the decode kernel does not take this call")
     return out

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 
 import pytest
@@ -51,3 +52,19 @@ def test_a_wrong_result_is_refused(monkeypatch):
     assert "from float64, peft's" in row["error"] and "ms" not in row
     page = bench_fuse.page({"environment": STAMP, "layers": 1, "rounds": 2, "rows": [row]})
     assert row["error"] in page
+
+
+def test_committed_pages_are_those_of_their_results():
+    found = sorted((FOLDER / "results" / "fuse").glob("*.json"))
+    assert found
+    for path in found:
+        result = json.loads(path.read_text())
+        assert path.with_suffix(".md").read_text() == bench_fuse.page(result), path
+
+
+def test_the_summary_counts_the_slower_cells():
+    rows = [{"mode": "step", "ms": {}, "speedup": speedup} for speedup in (0.994, 0.996, 1.5)]
+    rows.append({"mode": "step", "error": "wrong"})
+    assert bench_fuse._summary(rows) == [
+        "* step: 0.99 to 1.50 of peft's speed, 1 of 3 cells slower."
+    ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,28 +56,21 @@ def door(
     behind = () if target is None else target[:4]
     if not nobody_watches(x, gate, w_down, w_up, b_down, b_up, base, *behind):
         return None
-    return launch(x, gate, w_down, w_up, b_down, b_up, base, activation, ranks, target)
+    mixture = (x, gate, w_down, w_up, b_down, b_up, base, activation, ranks)
+    return launch(*mixture, target=target)
 
 
-def launch(
-    x: Tensor,
-    gate: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    b_down: Tensor | None,
-    b_up: Tensor | None,
-    base: Tensor | None,
-    activation: str,
-    ranks: Sequence[int] | None,
-    target: Target | None = None,
-) -> Tensor | None:
-    """The output, whoever watches; None if the call is not for this kernel, or breaks a rule."""
+def launch(*mixture: Any, target: Target | None = None) -> Tensor | None:
+    """The output, whoever watches; None if the call is not for this kernel, or breaks a rule.
+
+    The arguments are those of `door` without `impl`, in its order.
+    """
+    *given, ranks = mixture
+    x = given[0]
     stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
     behind = () if target is None else target
     assert _module is not None
-    return _module.decode_mixture(
-        x, gate, w_down, w_up, b_down, b_up, base, activation, ranks, stream, *behind
-    )
+    return _module.decode_mixture(*given, None if ranks is None else tuple(ranks), stream, *behind)
 
 
 def _means_cuda(impl: str, x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from pemt_fast.ops.validation import check_adapter_mixture
 _LIBRARY = torch.library.Library("pemt_fast", "FRAGMENT")
 _LIBRARY.define(
     "mixture_with_target(Tensor x, Tensor gate, Tensor w_down, Tensor w_up, Tensor? b_down, "
-    "Tensor? b_up, Tensor? base, int[] ranks, str activation, Tensor down, Tensor up, "
+    "Tensor? b_up, Tensor? base, str activation, int[] ranks, Tensor down, Tensor up, "
     "Tensor? target_b_down, Tensor? target_b_up, str target_activation, float scale) -> Tensor"
 )
 
@@ -64,38 +64,20 @@ def mixture_with_target(
     Returns:
         `[..., H]` in `x.dtype`, contiguous.
     """
-    ranks = tuple(ranks)
+    tensors = (x, gate, w_down, w_up, b_down, b_up, base)
     if not torch.compiler.is_compiling():
-        out = cuda_door.door(
-            x, gate, w_down, w_up, b_down, b_up, base, activation, impl, ranks, target
-        )
+        out = cuda_door.door(*tensors, activation, impl, tuple(ranks), target)
         if out is not None:
             return out
     if autocast_dtype(x.device.type) is None and cuda_door.takes_target(impl, x):
-        check_adapter_mixture(x, gate, w_down, w_up, b_down, b_up, base, activation, ranks)
-        return torch.ops.pemt_fast.mixture_with_target(
-            x, gate, w_down, w_up, b_down, b_up, base, ranks, activation, *target
-        )
-    return _one_by_one(x, gate, w_down, w_up, b_down, b_up, base, ranks, activation, target, impl)
+        check_adapter_mixture(*tensors, activation, ranks)
+        return torch.ops.pemt_fast.mixture_with_target(*tensors, activation, tuple(ranks), *target)
+    return _one_by_one(*tensors, activation, ranks, target=target, impl=impl)
 
 
-def _one_by_one(
-    x: Tensor,
-    gate: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    b_down: Tensor | None,
-    b_up: Tensor | None,
-    base: Tensor | None,
-    ranks: Sequence[int],
-    activation: str,
-    target: Target,
-    impl: str,
-) -> Tensor:
-    y = adapter_mixture(
-        x, gate, w_down, w_up, b_down, b_up,
-        activation=activation, base=base, impl=impl, ranks=ranks,
-    )  # fmt: skip
+def _one_by_one(*mixture: Any, target: Target, impl: str) -> Tensor:
+    *tensors, base, activation, ranks = mixture
+    y = adapter_mixture(*tensors, activation=activation, base=base, impl=impl, ranks=ranks)
     dtype = torch.promote_types(y.dtype, torch.float32)
     return adapter_mixture(
         y,
@@ -108,28 +90,11 @@ def _one_by_one(
     )  # fmt: skip
 
 
-def _forward(
-    x: Tensor,
-    gate: Tensor,
-    w_down: Tensor,
-    w_up: Tensor,
-    b_down: Tensor | None,
-    b_up: Tensor | None,
-    base: Tensor | None,
-    ranks: Sequence[int],
-    activation: str,
-    *behind: Any,
-) -> Tensor:
-    target = Target(*behind)
+def _forward(*args: Any) -> Tensor:
+    mixture, target = args[:9], Target(*args[9:])
     with torch.no_grad():
-        out = cuda_door.launch(
-            x, gate, w_down, w_up, b_down, b_up, base, activation, tuple(ranks), target
-        )
-        if out is not None:
-            return out
-        return _one_by_one(
-            x, gate, w_down, w_up, b_down, b_up, base, ranks, activation, target, "cuda"
-        )
+        out = cuda_door.launch(*mixture, target=target)
+        return _one_by_one(*mixture, target=target, impl="cuda") if out is None else out
 
 
 def _fake(*args: Any) -> Tensor:
