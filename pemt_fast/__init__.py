@@ -39,6 +39,7 @@ _EXPORTS = {
     "load_peft": "pemt_fast.interop.peft_files",
     "load_published_pemt": "pemt_fast.interop.published_pemt",
     "published_names": "pemt_fast.interop.published_pemt",
+    "shard": "pemt_fast.sharding",
     "skill_mixture": "pemt_fast.ops.skill_mixture",
     "task_sparsity_loss": "pemt_fast.ops",
     "unfuse": "pemt_fast.fusing",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from pemt_fast.ops import adapter_mixture, task_sparsity_loss
     from pemt_fast.ops.skill_mixture import skill_mixture
     from pemt_fast.peml_model import PemlModel
+    from pemt_fast.sharding import shard
     from pemt_fast.training.trainer import AdapterTrainer
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pemt_fast import checkpoint
 from pemt_fast.nn.routing import UNSEEN_TASK, Routing, unroute_checkpoints
 from pemt_fast.nn.wrapped_linear import WrappedLinear
+from pemt_fast.sharding import any_sharded
 from pemt_fast.t5 import Attachment
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class AttachedModel(nn.Module):
         if not self.routing.enabled:
             yield
             return
+        self._require_whole("disabled()")
         merged = self.merged
         self.unmerge()
         self._attachment.swap_parameters()
@@ -110,6 +112,13 @@ class AttachedModel(nn.Module):
             self._attachment.swap_parameters()
             if merged:
                 self.merge(self._merged_task)
+
+    def _require_whole(self, what: str) -> None:
+        if any_sharded(self.parameters()):
+            raise RuntimeError(
+                f"{what} needs whole parameters and FSDP2 has sharded them: save_pretrained() "
+                "here, then load() in a process without sharding"
+            )
 
     def _layers(self) -> list[WrappedLinear]:
         return [m for m in self.base_model.modules() if isinstance(m, WrappedLinear)]
@@ -133,6 +142,7 @@ class AttachedModel(nn.Module):
         Raises:
             ValueError: something does not merge; the message says what, and nothing is changed.
         """
+        self._require_whole("merge()")
         task = None if task is None else self.task_number(task)
         if not self._layers():
             raise ValueError(
@@ -155,6 +165,7 @@ class AttachedModel(nn.Module):
 
     def unload(self) -> Any:
         """Remove everything that was attached and return the untouched model."""
+        self._require_whole("unload()")
         for layer in self._layers():
             layer.release()
         self._attachment.undo()

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pemt_fast.sharding import any_sharded, is_writer, require_values, shard_like, whole
+
 if TYPE_CHECKING:
     from pemt_fast.attach import MethodConfig
     from pemt_fast.attached import AttachedModel
@@ -60,7 +62,8 @@ def adapter_state_dict(model: AttachedModel) -> dict[str, Tensor]:
     """Attached tensors by their name in `model.named_parameters()`; tied ones once.
 
     Raises:
-        RuntimeError: they are switched off, so that the model's own weights may be in their places.
+        RuntimeError: they are switched off, so that the model's own weights may be in their places,
+            or they are partitioned by DeepSpeed.
     """
     if not model.routing.enabled:
         raise RuntimeError("inside disabled() adapters can neither be saved nor loaded: leave it")
@@ -68,6 +71,7 @@ def adapter_state_dict(model: AttachedModel) -> dict[str, Tensor]:
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.removeprefix("base_model.") not in own:
+            require_values(name, tensor)
             found.setdefault(id(tensor), (name, tensor.detach()))
     return dict(found.values())
 
@@ -77,13 +81,27 @@ def _digest(config_text: str) -> str:
 
 
 def write(model: AttachedModel, directory: str | os.PathLike[str]) -> None:
-    """Write both files of `model` to `directory`."""
+    """Write both files of `model` to `directory`.
+
+    Of a model that is sharded every process must call it; the first one writes, and none goes on
+    before the files are there.
+    """
     own = adapter_state_dict(model)
+    sharded = any_sharded(own.values())
+    tensors = {k: whole(v).contiguous().cpu() for k, v in own.items()}
+    if not sharded or is_writer():
+        _write(model, tensors, directory)
+    if sharded:
+        torch.distributed.barrier()
+
+
+def _write(
+    model: AttachedModel, tensors: dict[str, Tensor], directory: str | os.PathLike[str]
+) -> None:
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, **model.adapter_config.to_dict()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    tensors = {k: v.contiguous().cpu() for k, v in own.items()}
     metadata = {"format": "pt", "pemt_fast_config": _digest(text)}
     replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata))
     replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text))
@@ -153,7 +171,7 @@ def assign(model: AttachedModel, tensors: dict[str, Tensor], source: object) -> 
                 f"got {list(tensor.shape)}"
             )
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        own[name].copy_(shard_like(tensor, own[name]))
 
 
 def _more(names: list[str]) -> str:

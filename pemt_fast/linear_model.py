@@ -19,6 +19,7 @@ from pemt_fast.inputs import TaskIds, read_task_ids
 from pemt_fast.nn.adapted_linear import AdaptedLinear
 from pemt_fast.nn.routers import Router
 from pemt_fast.nn.routing import UNSEEN_TASK, RoutingState, route_checkpoints
+from pemt_fast.sharding import any_sharded
 
 if TYPE_CHECKING:
     from pemt_fast.methods.task_config import TaskConfig
@@ -132,6 +133,8 @@ class LinearAdapterModel(AttachedModel):
     def _prepare(self, state: RoutingState, rows: int) -> None:
         """What is the same in all steps of a `generate` call."""
         for name, layer in self.adapted_layers().items():
+            if any_sharded(layer.parameters()):
+                continue  # whole only while the layer runs
             if (prepared := layer.prepare(state, rows)) is not None:
                 state.prepared[name] = prepared
 

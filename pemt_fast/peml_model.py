@@ -27,6 +27,7 @@ from pemt_fast.nn.prefix_network import (
     SearchSchedule,
 )
 from pemt_fast.nn.routing import RoutingState
+from pemt_fast.sharding import any_sharded
 
 if TYPE_CHECKING:
     from pemt_fast.methods.peml import PemlConfig
@@ -58,7 +59,8 @@ class PemlModel(LinearAdapterModel):
     def _prepare(self, state: RoutingState, rows: int) -> None:
         super()._prepare(state, rows)
         for name, prefix in self.prefixes().items():
-            state.prepared[name] = prefix()
+            if not any_sharded(prefix.parameters()):
+                state.prepared[name] = prefix()
 
     def prefixes(self) -> dict[str, AttentionPrefix]:
         """The prefixes by the name of their attention layer."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pemt_fast.nn.prefix_operators import OPERATORS
+from pemt_fast.sharding import whole
 
 # The logit of what cannot be chosen; finite, so that 0 times its logarithm is 0.
 _CLOSED = -1e4
@@ -100,7 +101,8 @@ class Logits(nn.Module):
         return (-(logs.exp() * logs).sum(-1) / most).mean()
 
     def _scaled(self) -> Tensor:
-        wide = self.alpha if self.alpha.dtype == torch.float64 else self.alpha.float()
+        alpha = whole(self.alpha)  # the loss and the log read it outside of the layers
+        wide = alpha if alpha.dtype == torch.float64 else alpha.float()
         return (wide / self.schedule.temperature).masked_fill(self.closed, _CLOSED)
 
     def decided(self) -> tuple[str, ...]:
@@ -108,7 +110,7 @@ class Logits(nn.Module):
 
         What `none` takes the others can make up for by larger values, so its weight says little.
         """
-        alpha = self.alpha.detach().masked_fill(self.closed | self.is_none, _CLOSED)
+        alpha = whole(self.alpha.detach()).masked_fill(self.closed | self.is_none, _CLOSED)
         return tuple(self.operators[i] for i in alpha.argmax(-1).tolist())
 
 

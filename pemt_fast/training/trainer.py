@@ -3,6 +3,9 @@
 
 Optimiser, schedule and random states are written and read by transformers as always; T5's own
 weights, which never change, are not. A checkpoint that a kill left incomplete is not resumed from.
+
+A model that FSDP2 has sharded (`sharding.shard`) is trained as it is; its checkpoints are the same
+as without: whole adapters and the whole optimiser state, for any number of processes.
 """
 
 from __future__ import annotations
@@ -14,16 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import Seq2SeqTrainer
 
-from pemt_fast import checkpoint
+from pemt_fast import checkpoint, sharding
 from pemt_fast.training.task_sampler import TaskSampler
 
 logger = logging.getLogger("pemt_fast")
 
 # transformers writes the state last, so a folder with it is complete.
 _LAST_FILE = "trainer_state.json"
+# Their names in a checkpoint, those of transformers.
+_OPTIMIZER_FILE = "optimizer.pt"
+_SCHEDULER_FILE = "scheduler.pt"
 
 
 class AdapterTrainer(Seq2SeqTrainer):
@@ -67,12 +74,56 @@ class AdapterTrainer(Seq2SeqTrainer):
             optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_sharded and not getattr(self, "is_fsdp_enabled", False):
+            # The way of models that come sharded: neither wrapped in DDP nor sharded again.
+            if not hasattr(self, "is_distributed_loading_by_transformers"):
+                raise RuntimeError(
+                    f"transformers {transformers.__version__} cannot train a model that is sharded "
+                    "already: its trainer would wrap it once more. Use a newer version, or DDP"
+                )
+            self.is_distributed_loading_by_transformers = True
+        return super()._prepare_for_training(*args, **kwargs)
+
+    @property
+    def _is_sharded(self) -> bool:
+        model: Any = self.model
+        return sharding.any_sharded(model.parameters())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, which would gather all of T5 from a model that is sharded."""
+        if self._is_sharded:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
+        if not self.args.should_save and not self._is_sharded:
             return
         folder = str(output_dir or self.args.output_dir)
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
-        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+        if self.args.should_save:
+            torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._is_sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        optimizer: Any = self.optimizer
+        state = sharding.whole_optimizer_state(optimizer)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, _OPTIMIZER_FILE))
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), os.path.join(output_dir, _SCHEDULER_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._is_sharded:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        files = (os.path.join(checkpoint, name) for name in (_OPTIMIZER_FILE, _SCHEDULER_FILE))
+        state, schedule = (torch.load(f, map_location="cpu", weights_only=True) for f in files)
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        sharding.load_whole_optimizer_state(optimizer, state)
+        scheduler.load_state_dict(schedule)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
