@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pemt_fast import checkpoint
 from pemt_fast.attached import AttachedModel
+from pemt_fast.safe_files import allocate_at_most, count_elements
 
 Attached = TypeVar("Attached", bound=AttachedModel, covariant=True)
 
@@ -89,7 +90,9 @@ def load(model: Any, directory: str | os.PathLike[str] | Sequence[str | os.PathL
     else:
         config, weights = _read_several([os.fspath(d) for d in directory])
     check_free(model)
-    adapted = config.attach(model, None, reads_sources=False)
+    elements = count_elements(weights.values()), count_elements(model.parameters())
+    with allocate_at_most(*elements, directory):
+        adapted = config.attach(model, None, reads_sources=False)
     try:
         checkpoint.assign(adapted, weights, directory)
     except ValueError:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pemt_fast.safe_files import check_sizes, count_elements, read_json, read_tensors
 from pemt_fast.sharding import any_sharded, is_writer, require_values, shard_like, whole
 
 if TYPE_CHECKING:
@@ -107,11 +107,11 @@ def _write(
     replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text))
 
 
-def read_config(directory: str | os.PathLike[str]) -> tuple[MethodConfig[Any], str]:
-    """The method's config in `directory` and the digest of its text."""
-    path = Path(directory) / CONFIG_FILE
+def _read_config(folder: Path) -> tuple[dict[str, Any], str]:
+    """The values in the config file, and the digest of its text."""
+    path = folder / CONFIG_FILE
     if not path.is_file():
-        found = sorted(p.name for p in Path(directory).iterdir()) if path.parent.is_dir() else None
+        found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else None
         inside = "the directory does not exist" if found is None else f"found {found[:8]}"
         hint = "; for the authors' files use load_published_pemt" if found and any(
             name in ("lora.pt", "adapter.pt", "task_embedding.pt") for name in found
@@ -119,38 +119,26 @@ def read_config(directory: str | os.PathLike[str]) -> tuple[MethodConfig[Any], s
         raise FileNotFoundError(
             f"{path}: expected a file written by save_pretrained, {inside}{hint}"
         )
-    text = path.read_text()
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged") from error
+    values = read_json(path)
     if values.pop("format", None) != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT}; written by another version?")
-    method = values.pop("method", None)
-    if method not in _METHODS:
+    if not isinstance(method := values.get("method"), str) or method not in _METHODS:
         raise ValueError(f"{path}: method must be one of {sorted(_METHODS)}, got {method!r}")
-    module, name = _METHODS[method]
-    return getattr(importlib.import_module(module), name).from_dict(values), _digest(text)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file, with an error that names a damaged one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: file not found")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or damaged ({error})") from error
+    return values, _digest(path.read_text())
 
 
 def read(directory: str | os.PathLike[str]) -> tuple[MethodConfig[Any], dict[str, Tensor]]:
     """Config and tensors of a saved model."""
-    config, digest = read_config(directory)
-    path = Path(directory) / WEIGHTS_FILE
-    tensors, metadata = read_tensors(path)
+    folder = Path(directory)
+    values, digest = _read_config(folder)
+    tensors, metadata = read_tensors(folder / WEIGHTS_FILE)
+    check_sizes(values, count_elements(tensors.values()), folder / CONFIG_FILE)
+    module, name = _METHODS[values.pop("method")]
+    config = getattr(importlib.import_module(module), name).from_dict(values)
     if metadata.get("pemt_fast_config") != digest:
-        raise ValueError(f"{path}: belongs to another {CONFIG_FILE} than the one beside it")
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE}: belongs to another {CONFIG_FILE} than the one beside it"
+        )
     return config, tensors
 
 

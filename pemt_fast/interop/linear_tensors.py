@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the readers of other libraries' files share: unpickling, and filling adapters on linears.
+"""What the readers of other libraries' files share: filling adapters on linears.
 
 Tensors of a LoRA are `A [R, D]`, `B [H, R]`; of Poly and MHR `A [P, K, D / P, R]`,
 `B [P, K, R, H / P]` and the router's logits `[T, P·K]`, as in peft (P splits, K skills, T tasks).
@@ -7,8 +7,6 @@ Tensors of a LoRA are `A [R, D]`, `B [H, R]`; of Poly and MHR `A [P, K, D / P, R
 
 from __future__ import annotations
 
-import pickle
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,28 +18,6 @@ from pemt_fast.linear_model import LinearAdapterModel
 
 # Name in the file -> our parameter, and what brings the file's tensor into its order.
 Places = dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]
-
-
-def read_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, read with `weights_only`: nothing in the file is executed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds objects of classes, which would be executed.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: file not found")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        if pickled := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{path}: holds objects besides tensors and plain values ({pickled[1]}), and "
-                "reading those runs code of the file. If you trust it, read it once with "
-                "torch.load(path, weights_only=False) where its classes are installed, and save "
-                "its tensors and plain values with torch.save"
-            ) from error
-        raise ValueError(f"{path}: truncated, damaged or not plain tensors ({error})") from error
 
 
 def adapter_places(model: LinearAdapterModel, prefix: str, names: tuple[str, ...]) -> Places:

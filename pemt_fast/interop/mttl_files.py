@@ -7,7 +7,6 @@ mttl need not be installed, and nothing in a file is executed. Which tensors the
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from pemt_fast.attach import check_free, get_model
-from pemt_fast.interop.linear_tensors import adapter_places, assign, read_pickle
+from pemt_fast.interop.linear_tensors import adapter_places, assign
 from pemt_fast.interop.mttl_layout import LOGITS, Skills, by_layer, read_skills, spread_logits
 from pemt_fast.linear_model import LinearAdapterModel
 from pemt_fast.methods.lora import LoraConfig
 from pemt_fast.methods.poly import PolyConfig
+from pemt_fast.safe_files import allocate_at_most, count_elements, read_json, read_pickle
 
 # What `save_pretrained` of mttl writes into a directory, and the options beside it.
 _WEIGHTS_FILES = ("mttl_weights.bin", "checkpoint.ckpt")
@@ -95,7 +95,9 @@ def load_mttl(
     logits = _logits(layers, stated, sizes, file) if routed else {}
     config = _config(stated, sizes, logits, _targets(model, skills), file)
     values, names = _values(skills, logits)
-    adapted = get_model(model, config)
+    elements = count_elements(values.values()), count_elements(model.parameters())
+    with allocate_at_most(*elements, file):
+        adapted = get_model(model, config)
     try:
         assign(adapter_places(adapted, "", names), values, file)
     except ValueError:
@@ -120,10 +122,7 @@ def _read(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path}: expected a dict of tensors, got {type(saved).__name__}")
     stated: dict[str, Any] = {}
     if (beside := path.with_name(_CONFIG_FILE)).is_file():
-        try:
-            stated = _flat(json.loads(beside.read_text()), beside)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{beside}: not valid JSON ({error})") from error
+        stated = _flat(read_json(beside), beside)
     elif (beside := path.with_suffix(".meta")).is_file() and beside != path:
         stated = _flat(read_pickle(beside), beside)
     tensors = saved

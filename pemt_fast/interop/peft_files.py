@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pemt_fast.attach import get_model
-from pemt_fast.checkpoint import read_tensors, replace_file
+from pemt_fast.checkpoint import replace_file
 from pemt_fast.interop.linear_tensors import adapter_places, assign
 from pemt_fast.linear_model import LinearAdapterModel
 from pemt_fast.methods.lora import LoraConfig
 from pemt_fast.methods.poly import PolyConfig
+from pemt_fast.safe_files import read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

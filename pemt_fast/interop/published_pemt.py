@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pemt_fast.checkpoint import read_tensors
-from pemt_fast.interop.linear_tensors import read_pickle
 from pemt_fast.methods.pemt import attach
 from pemt_fast.methods.pemt_config import PemtConfig
 from pemt_fast.methods.pemt_plan import Source
 from pemt_fast.model import AdapterModel
+from pemt_fast.safe_files import read_pickle, read_tensors
 from pemt_fast.t5 import FeedForwardSite, T5Model, check_t5, feed_forward_sites
 
 logger = logging.getLogger("pemt_fast")
