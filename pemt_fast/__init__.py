@@ -18,6 +18,7 @@ _EXPORTS = {
     "BottleneckConfig": "pemt_fast.methods.bottleneck",
     "CPolyConfig": "pemt_fast.methods.poly",
     "FullFineTuningConfig": "pemt_fast.methods.full",
+    "GateCallback": "pemt_fast.training.gate_callback",
     "LinearAdapterModel": "pemt_fast.linear_model",
     "LoraConfig": "pemt_fast.methods.lora",
     "MixLoraConfig": "pemt_fast.methods.mix_lora",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from pemt_fast.ops.skill_mixture import skill_mixture
     from pemt_fast.peml_model import PemlModel
     from pemt_fast.sharding import shard
+    from pemt_fast.training.gate_callback import GateCallback
     from pemt_fast.training.trainer import AdapterTrainer
 
 

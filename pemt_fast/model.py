@@ -8,6 +8,8 @@ the auxiliary loss. What else the model can do is in `attached.py`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from pemt_fast.attached import AttachedModel
 from pemt_fast.inputs import TaskIds, prepend_mask, prepend_prompt, read_task_ids
+from pemt_fast.nn.gate_statistics import GateStatistics
 from pemt_fast.nn.prompts import CorrelationPrompt, TargetPrompts
 from pemt_fast.nn.routing import REENTRANT, Routing, RoutingState, route_checkpoints
 from pemt_fast.t5 import Attachment, T5Model
@@ -75,6 +78,7 @@ class AdapterModel(AttachedModel):
         self.masks_padding = masks_padding
         self.gate_threshold = gate_threshold
         self.takes_reentrant = takes_reentrant
+        self._gate_watchers: list[tuple[GateStatistics, bool | None]] = []
 
     def _see_encoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the decoder: the gates look at the encoder output."""
@@ -162,6 +166,10 @@ class AdapterModel(AttachedModel):
             )
         # A layer that is recomputed during backward must not record a second time.
         state.recording = False
+        if self._gate_watchers and not torch.compiler.is_compiling():
+            for statistics, training in self._gate_watchers:
+                if training in (None, self.training):
+                    statistics.add(state.gates)
         loss, aux_loss = out.loss, None
         if state.losses:
             aux_loss = torch.stack(list(state.losses.values())).mean()
@@ -172,6 +180,24 @@ class AdapterModel(AttachedModel):
             gates=state.gates if output_gates else None,
         )
         return result if return_dict is not False else result.to_tuple()
+
+    @contextlib.contextmanager
+    def watch_gates(self, training: bool | None = None) -> Iterator[GateStatistics]:
+        """Inside the block the gate weights of all sequences that `forward` sees are summed up.
+
+        Not those of `generate`, which calls T5 itself, nor inside a compiled graph.
+
+        Args:
+            training: Only while the model is training, or only while it is not; None: always.
+        """
+        sources = getattr(self.adapter_config, "sources", ())
+        watcher = GateStatistics(sources), training
+        self._gate_watchers.append(watcher)
+        try:
+            yield watcher[0]
+        finally:
+            # By identity: statistics have no equality of their own.
+            self._gate_watchers = [w for w in self._gate_watchers if w is not watcher]
 
     def _with_prompt(
         self,

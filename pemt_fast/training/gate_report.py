@@ -25,15 +25,11 @@ def mean_gates(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    sums: dict[str, torch.Tensor] = {}
-    for start in range(0, len(rows), batch_size):
-        batch = collator(rows[start : start + batch_size]).to(device)
-        gates = model(**batch, output_gates=True).gates
-        for layer, gate in gates.items():
-            total = gate.double().sum(0).cpu()
-            sums[layer] = sums[layer] + total if layer in sums else total
+    with model.watch_gates() as seen:
+        for start in range(0, len(rows), batch_size):
+            model(**collator(rows[start : start + batch_size]).to(device))
     model.train(was_training)
-    return {layer: (total / len(rows)).tolist() for layer, total in sums.items()}
+    return seen.means()
 
 
 def mean_over_layers(gates: dict[str, list[float]]) -> list[float]:

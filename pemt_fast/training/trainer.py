@@ -22,6 +22,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer
 
 from pemt_fast import checkpoint, sharding
+from pemt_fast.training.gate_callback import GateCallback
 from pemt_fast.training.task_sampler import TaskSampler
 
 logger = logging.getLogger("pemt_fast")
@@ -43,12 +44,25 @@ class AdapterTrainer(Seq2SeqTrainer):
         *args: As in `Seq2SeqTrainer`.
         task_temperature: Draw batches that mix the tasks of the data set's column `task_ids` at
             this temperature (`task_sampler.py`); None for transformers' order.
+        gate_statistics: Log what the gates choose, see `GateCallback`.
         **kwargs: As in `Seq2SeqTrainer`.
     """
 
-    def __init__(self, *args: Any, task_temperature: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        task_temperature: float | None = None,
+        gate_statistics: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self.task_temperature = task_temperature
         super().__init__(*args, **kwargs)
+        if gate_statistics:
+            self.add_callback(callback := GateCallback())
+            # First, so that those who report see what it adds.
+            callbacks = self.callback_handler.callbacks
+            callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
+            callback.on_init_end(self.args, self.state, self.control, model=self.model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
