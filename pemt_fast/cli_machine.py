@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -58,13 +57,17 @@ def info(
             for impl, why in impls.items()
         ]
         print_table(f"implementations on {device}", ("impl", "runs", "auto in", "why not"), rows)
-    if values["variables"]:
-        print_table("variables", ("name", "value"), list(values["variables"].items()))
+    variables = [
+        (name, "not set" if found["value"] is None else found["value"], found["meaning"])
+        for name, found in values["variables"].items()
+    ]
+    print_table("environment variables", ("name", "value", "what it does"), variables)
 
 
 def _facts() -> dict:
     import torch
 
+    from pemt_fast import variables
     from pemt_fast.kernels import cache
     from pemt_fast.ops import cuda_library, extension
     from pemt_fast.ops.dispatch import IMPLS, auto_impl, unavailable_reasons
@@ -93,7 +96,10 @@ def _facts() -> dict:
             for device in devices
         },
         "cache": str(cache.folder()),
-        "variables": {k: v for k, v in os.environ.items() if k.startswith("PEMT_FAST_")},
+        "variables": {
+            name: {"value": value, "meaning": meaning}
+            for name, (value, meaning) in variables.settings().items()
+        },
     }
 
 

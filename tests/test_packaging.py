@@ -28,7 +28,7 @@ PACKAGE = "pemt_fast"
 ARROWS = {
     "cli": {"training", "cli_machine", "cli_multi_task"},
     "cli_multi_task": {"console", "training"},
-    "cli_machine": {"console", "doctor", "tuning", "training"},
+    "cli_machine": {"console", "doctor", "tuning", "training", "variables"},
     "doctor": {"testing"},
     "tuning": {"ops"},
     "console": set(),
@@ -50,6 +50,7 @@ ARROWS = {
     "safe_files": set(),
     "sharding": set(),
     "timing": set(),
+    "variables": set(),
     "version": set(),
     "ops": {"kernels"},
     "kernels": set(),

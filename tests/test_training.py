@@ -1,7 +1,9 @@
 """Both stages end to end on a tiny T5 and made-up rows: files, resume, errors before training."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from pemt_fast.ops import extension
 from pemt_fast.training.options import TrainOptions
 from pemt_fast.training.stages import Backbone, TaskData, train_source, train_target
 from pemt_fast.training.trainer import AdapterTrainer, last_complete_checkpoint
+from pemt_fast.variables import VARIABLES
 
 OPTIONS = TrainOptions(
     learning_rate=1e-2, steps=6, eval_every=2, batch_size=8, eval_batch_size=16, progress=False
@@ -242,6 +245,28 @@ def test_info_lists_reasons(capsys):
     assert set(values["auto"]["cpu"].values()) == {taken}
     assert values["unavailable"]["cpu"]["torch"] == []
     assert any("x is on cpu" in why for why in values["unavailable"]["cpu"]["cuda"])
+
+
+def test_info_shows_every_variable(capsys, monkeypatch):
+    monkeypatch.setenv("PEMT_FAST_IMPL", "torch")
+    monkeypatch.setenv("PEMT_FAST_COLOUR", "red")
+    assert run_cli("info", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)["variables"]
+    assert shown["PEMT_FAST_IMPL"]["value"] == "torch"
+    assert shown["PEMT_FAST_DEBUG"]["value"] is None
+    assert "unknown" in shown["PEMT_FAST_COLOUR"]["meaning"]
+    # Nothing reads a variable that is not listed.
+    root = Path(__file__).parents[1]
+    files = [root / "setup.py"]
+    for folder in ("pemt_fast", "kernels", "csrc"):
+        files += [p for p in (root / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")]
+    read = {
+        name
+        for path in files
+        if path.name != "variables.py"
+        for name in re.findall(r'(?:environ[^\n]*|getenv\()"(PEMT_FAST_[A-Z_]+)"', path.read_text())
+    }
+    assert read == set(VARIABLES)
 
 
 def test_info_shows_the_extension_or_why_there_is_none(capsys):

@@ -171,18 +171,31 @@ def without_fast_kernels(monkeypatch):
         monkeypatch.setattr(module, "CPU_KERNELS_ARE_FAST", False)
 
 
+OTHERS_ON_A_CPU = (
+    "\nhere run: reference, torch (what auto takes)\n"
+    "triton does not run: it runs on cuda tensors, x is on {device}; torch sees no CUDA device"
+)
+
+
 @needs_extension
-def test_cpu_kernels_say_what_they_do_not_compute():
+def test_a_refusal_says_what_runs_instead(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "_TRITON_INTERPRETED", False)
+    with pytest.raises(RuntimeError) as raised:
+        adapter_mixture(**arguments(impl="cpu", x=torch.zeros(B, S, D).double()))
     message = "impl='cpu' cannot run: it computes in float32, bfloat16 or float16, x is float64"
-    assert_raises(RuntimeError, message, arguments(impl="cpu", x=torch.zeros(B, S, D).double()))
+    assert str(raised.value).startswith(message + OTHERS_ON_A_CPU.format(device="cpu"))
+    assert "\ncuda does not run: it runs on cuda tensors" in str(raised.value)
+    with pytest.raises(RuntimeError, match=r"run: reference, torch, cpu \(what auto takes\)"):
+        adapter_mixture(**arguments(impl="triton"))
 
 
 def test_cpu_kernels_list_every_reason(no_extension):
     tensors = {k: v for k, v in arguments().items() if isinstance(v, torch.Tensor)}
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     reasons = "it runs on cpu tensors, x is on meta; the extension is missing: no compiler"
-    message = f"impl='cpu' cannot run: {reasons}"
-    assert_raises(RuntimeError, message, arguments(impl="cpu", **meta))
+    with pytest.raises(RuntimeError, match=f"^impl='cpu' cannot run: {reasons}\nhere run: "):
+        adapter_mixture(**arguments(impl="cpu", **meta))
 
 
 @pytest.fixture

@@ -106,8 +106,23 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype | None = No
         impl = forced
     reasons = unavailable_reasons(impl, device, dtype)
     if reasons:
-        raise RuntimeError(f"impl={impl!r} cannot run: " + "; ".join(reasons))
+        others = _say_others(impl, device, dtype)
+        raise RuntimeError(f"impl={impl!r} cannot run: {'; '.join(reasons)}\n{others}")
     return impl
+
+
+def _say_others(impl: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    """Of the implementations but `impl` which run, and why the rest do not."""
+    reasons = {
+        name: unavailable_reasons(name, device, dtype)
+        for name in IMPLS
+        if name not in ("auto", impl)
+    }
+    taken = auto_impl(device, dtype)
+    runs = [f"{name} (what auto takes)" if name == taken else name for name, why in reasons.items()
+            if not why]  # fmt: skip
+    rest = [f"{name} does not run: {'; '.join(why)}" for name, why in reasons.items() if why]
+    return "\n".join([f"here run: {', '.join(runs)}", *rest])
 
 
 def _log_forced(impl: str) -> None:
