@@ -132,7 +132,7 @@ def _foreign_site(name: str, module: nn.Module) -> Site | None:
 
 
 def unfuse(model: nn.Module) -> int:
-    """Give every fused module its own class back; returns how many there were."""
+    """Give every fused module of `model` its own class back; returns how many there were."""
     count = 0
     for module in model.modules():
         if isinstance(module, FusedModule):
