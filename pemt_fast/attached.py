@@ -58,6 +58,10 @@ class AttachedModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
+    def _get_name(self) -> str:
+        # transformers' trainer tells by it whether label smoothing has to shift the labels.
+        return type(self.base_model).__name__
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks; `task_ids` are their numbers in this order."""
@@ -163,6 +167,33 @@ class AttachedModel(nn.Module):
         for layer in self._layers():
             layer.unmerge()
 
+    def merge_and_unload(self, task: int | str | None = None) -> Any:
+        """The model with the adapters in its weights for good, and nothing attached any more.
+
+        Args:
+            task: As in `merge`.
+
+        Raises:
+            ValueError: something does not merge, or would be left over, such as a prompt or a
+                prefix; the message says what, and nothing is changed.
+        """
+        was_merged = self.merged
+        self.merge(self._merged_task if was_merged and task is None else task)
+        inside = [f"{n}." for n, m in self.named_modules() if isinstance(m, WrappedLinear)]
+        if left := [n for n in self.adapter_state_dict() if not n.startswith(tuple(inside))]:
+            if not was_merged:
+                self.unmerge()
+            raise ValueError(
+                f"{type(self.adapter_config).__name__} has parts that no weight of the model can "
+                f"take in, {left[0]} is the first of {len(left)}: keep the adapters attached"
+            )
+        weights = [layer.base.weight for layer in self._layers()]
+        merged = [weight.data for weight in weights]
+        model = self.unload()
+        for weight, values in zip(weights, merged, strict=True):
+            weight.data = values
+        return model
+
     def unload(self) -> Any:
         """Remove everything that was attached and return the untouched model."""
         self._require_whole("unload()")
@@ -183,6 +214,11 @@ class AttachedModel(nn.Module):
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Every tensor that was attached: trained ones, frozen sources, trained layer norms."""
         return checkpoint.adapter_state_dict(self)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of `adapter_state_dict`, trained or frozen, to be changed in place."""
+        own = self.adapter_state_dict()
+        return {name: p for name, p in self.named_parameters() if name in own}
 
     def count_parameters(self) -> tuple[int, int]:
         """Trainable and total number of parameters."""

@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 CONFIG_FILE = "pemt_fast_config.json"
 WEIGHTS_FILE = "pemt_fast_model.safetensors"
 FORMAT = 1
+
+# The same config and tensors as peft writes them, with the type it knows the methods by.
+PEFT_CONFIG_FILE = "adapter_config.json"
+PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_TYPE = "PEMT_FAST"
+PEFT_PREFIX = "base_model.model."
 
 # Method name in the config file -> module and class of its config.
 _METHODS = {
@@ -100,8 +106,7 @@ def _write(
 ) -> None:
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"format": FORMAT, **model.adapter_config.to_dict()}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(config_values(model.adapter_config), indent=2, sort_keys=True) + "\n"
     metadata = {"format": "pt", "pemt_fast_config": _digest(text)}
     replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata))
     replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text))
@@ -119,22 +124,53 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], str]:
         raise FileNotFoundError(
             f"{path}: expected a file written by save_pretrained, {inside}{hint}"
         )
-    values = read_json(path)
-    if values.pop("format", None) != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT}; written by another version?")
-    if not isinstance(method := values.get("method"), str) or method not in _METHODS:
-        raise ValueError(f"{path}: method must be one of {sorted(_METHODS)}, got {method!r}")
-    return values, _digest(path.read_text())
+    return read_json(path), _digest(path.read_text())
+
+
+def config_values(config: MethodConfig[Any]) -> dict[str, object]:
+    """What a file says of a config, JSON-ready; `config_from` reads it."""
+    return {"format": FORMAT, **config.to_dict()}
+
+
+def config_from(values: Any, source: object) -> MethodConfig[Any]:
+    """The config that `config_values` described.
+
+    Raises:
+        ValueError: another format, an unknown method or key; the message names `source`.
+    """
+    rest = dict(values) if isinstance(values, Mapping) else {}
+    if rest.pop("format", None) != FORMAT:
+        raise ValueError(f"{source}: expected format {FORMAT}; written by another version?")
+    method = rest.pop("method", None)
+    if not isinstance(method, str) or method not in _METHODS:
+        raise ValueError(f"{source}: method must be one of {sorted(_METHODS)}, got {method!r}")
+    return _config_class(method).from_dict(rest)  # type: ignore[no-any-return]
+
+
+def config_classes() -> dict[str, Any]:
+    """The class of every method's config, by the method's name in files."""
+    return {method: _config_class(method) for method in _METHODS}
+
+
+def _config_class(method: str) -> Any:
+    module, name = _METHODS[method]
+    return getattr(importlib.import_module(module), name)
+
+
+def _sized_config(values: Any, tensors: Mapping[str, Tensor], source: Path) -> MethodConfig[Any]:
+    """The config of a file, if these tensors can be what it describes."""
+    check_sizes(values, count_elements(tensors.values()), source)
+    return config_from(values, source)
 
 
 def read(directory: str | os.PathLike[str]) -> tuple[MethodConfig[Any], dict[str, Tensor]]:
-    """Config and tensors of a saved model."""
+    """Config and tensors of a saved model, of `write` or of peft (`integrations/peft`)."""
     folder = Path(directory)
+    if not (folder / CONFIG_FILE).is_file() and (folder / PEFT_CONFIG_FILE).is_file():
+        return _read_peft(folder)
     values, digest = _read_config(folder)
     tensors, metadata = read_tensors(folder / WEIGHTS_FILE)
-    check_sizes(values, count_elements(tensors.values()), folder / CONFIG_FILE)
-    module, name = _METHODS[values.pop("method")]
-    config = getattr(importlib.import_module(module), name).from_dict(values)
+    config = _sized_config(values, tensors, folder / CONFIG_FILE)
     if metadata.get("pemt_fast_config") != digest:
         raise ValueError(
             f"{folder / WEIGHTS_FILE}: belongs to another {CONFIG_FILE} than the one beside it"
@@ -142,9 +178,30 @@ def read(directory: str | os.PathLike[str]) -> tuple[MethodConfig[Any], dict[str
     return config, tensors
 
 
+def _read_peft(folder: Path) -> tuple[MethodConfig[Any], dict[str, Tensor]]:
+    path = folder / PEFT_CONFIG_FILE
+    saved = read_json(path)
+    if saved.get("peft_type") != PEFT_TYPE:
+        raise ValueError(
+            f"{path}: peft_type must be {PEFT_TYPE}, got {saved.get('peft_type')!r}; "
+            "load_peft reads peft's LoRA and Poly"
+        )
+    tensors, _ = read_tensors(folder / PEFT_WEIGHTS_FILE)
+    named = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    return _sized_config(saved.get("pemt_fast"), named, path), named
+
+
 @torch.no_grad()
 def assign(model: AttachedModel, tensors: dict[str, Tensor], source: object) -> None:
     """Copy `tensors` into the attached parameters; nothing may be missing, left over or misfit."""
+    check_fits(model, tensors, source)
+    own = adapter_state_dict(model)
+    for name, tensor in tensors.items():
+        own[name].copy_(shard_like(tensor, own[name]))
+
+
+def check_fits(model: AttachedModel, tensors: Mapping[str, Tensor], source: object) -> None:
+    """Raise a `ValueError` unless `tensors` are what `model` has attached, by names and shapes."""
     own = adapter_state_dict(model)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
@@ -158,8 +215,6 @@ def assign(model: AttachedModel, tensors: dict[str, Tensor], source: object) -> 
                 f"{source}: {name} must have shape {list(own[name].shape)} for this model, "
                 f"got {list(tensor.shape)}"
             )
-    for name, tensor in tensors.items():
-        own[name].copy_(shard_like(tensor, own[name]))
 
 
 def _more(names: list[str]) -> str:

@@ -35,6 +35,7 @@ ARROWS = {
     "training": {"attach", "interop", "data", "testing", "timing", "version"},
     "interop": {"methods", "attach"},
     "fusing": {"nn"},
+    "integrations": {"attach"},
     "methods": {"data", "model", "peml_model"},
     "attach": {"attached"},
     "model": {"attached", "inputs"},
@@ -66,7 +67,17 @@ BACKENDS = [
 ]
 
 # Loaded neither by `import pemt_fast` nor by using the operator: slow to import, or optional.
-HEAVY = {"transformers", "triton", "datasets", "sklearn", "matplotlib", "optuna", "typer", "rich"}
+HEAVY = {
+    "transformers",
+    "peft",
+    "triton",
+    "datasets",
+    "sklearn",
+    "matplotlib",
+    "optuna",
+    "typer",
+    "rich",
+}
 MEASURE_IMPORT = """
 import json, sys, time
 import torch

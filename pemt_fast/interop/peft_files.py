@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pemt_fast.attach import get_model
+from pemt_fast.checkpoint import PEFT_CONFIG_FILE as CONFIG_FILE
+from pemt_fast.checkpoint import PEFT_PREFIX as _PREFIX
+from pemt_fast.checkpoint import PEFT_WEIGHTS_FILE as WEIGHTS_FILE
 from pemt_fast.checkpoint import replace_file
 from pemt_fast.interop.linear_tensors import adapter_places, assign
 from pemt_fast.linear_model import LinearAdapterModel
@@ -23,9 +26,6 @@ from pemt_fast.methods.lora import LoraConfig
 from pemt_fast.methods.poly import PolyConfig
 from pemt_fast.safe_files import read_tensors
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _NAMES: dict[str, tuple[str, ...]] = {
     "LORA": ("lora_A.weight", "lora_B.weight"),
     "POLY": ("poly_lora_A", "poly_lora_B", "poly_router.module_logits"),

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Doors to other libraries' own calls; each imports its library, nothing else imports a door."""
