@@ -35,6 +35,8 @@ _EXPORTS = {
     "fuse": "pemt_fast.fusing",
     "get_model": "pemt_fast.attach",
     "export_peft_lora": "pemt_fast.interop.peft_files",
+    "export_peft_poly": "pemt_fast.interop.peft_files",
+    "export_peft_prefix": "pemt_fast.interop.peft_prefix",
     "load": "pemt_fast.attach",
     "load_mttl": "pemt_fast.interop.mttl_files",
     "load_peft": "pemt_fast.interop.peft_files",
@@ -52,7 +54,8 @@ if TYPE_CHECKING:
     from pemt_fast.attach import get_model, load
     from pemt_fast.fusing import fuse, unfuse
     from pemt_fast.interop.mttl_files import load_mttl
-    from pemt_fast.interop.peft_files import export_peft_lora, load_peft
+    from pemt_fast.interop.peft_files import export_peft_lora, export_peft_poly, load_peft
+    from pemt_fast.interop.peft_prefix import export_peft_prefix
     from pemt_fast.interop.published_pemt import load_published_pemt, published_names
     from pemt_fast.linear_model import LinearAdapterModel
     from pemt_fast.methods.bottleneck import BottleneckConfig

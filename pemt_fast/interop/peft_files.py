@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA and Poly directories of `peft`: one task written as a LoRA, both read.
+"""LoRA and Poly directories of `peft`: one task written as a LoRA, Poly as it is, both read.
 
-Neither needs peft to be installed. Written as peft 0.21 writes them: `adapter_config.json` and
-`adapter_model.safetensors`.
+None of it needs peft to be installed. Written as peft 0.21 writes them: `adapter_config.json` and
+`adapter_model.safetensors`. Every method with all of its tasks goes through a directory of peft
+with the type `PEMT_FAST` instead, which needs this library to be read (`integrations/peft`).
+PEML's prefix is in `peft_prefix.py`.
 """
 
 from __future__ import annotations
@@ -78,13 +80,67 @@ def export_peft_lora(
         ranks[name] = len(down)
     most = max(ranks.values())
     other = {name: rank for name, rank in ranks.items() if rank != most}
-    seq2seq = bool(getattr(model.base_model.config, "is_encoder_decoder", False))
     config = {
-        "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
-        "r": most, "lora_alpha": most, "rank_pattern": other, "alpha_pattern": other,
-        "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "peft_type": "LORA", "r": most, "lora_alpha": most, "rank_pattern": other,
+        "alpha_pattern": other, "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted(ranks),
-        "base_model_name_or_path": getattr(model.base_model.config, "_name_or_path", "") or None,
+    }  # fmt: skip
+    write_peft(model.base_model, config, tensors, directory)
+
+
+def export_peft_poly(model: LinearAdapterModel, directory: str | os.PathLike[str]) -> None:
+    """Write Poly or MHR, all tasks of it, as the Poly that `peft.PeftModel.from_pretrained` loads.
+
+    Bit by bit the same parameters where `alpha` is 1; another one is multiplied into `poly_lora_B`.
+    What peft's Poly does not have is not written: `dropout`, training without `noise`, names of
+    tasks, `UNSEEN_TASK`.
+
+    Args:
+        model: With a `PolyConfig`.
+        directory: As in `export_peft_lora`.
+
+    Raises:
+        ValueError: another method. C-Poly's specific skills have weights that Poly's normalised
+            sigmoid cannot take.
+    """
+    poly = model.adapter_config
+    if not isinstance(poly, PolyConfig):
+        raise ValueError(
+            f"model must have a PolyConfig, got a {type(poly).__name__}; export_peft_lora writes "
+            "one task of any method on linear layers"
+        )
+    tensors: dict[str, Tensor] = {}
+    splits, skills, rank = poly.num_splits, poly.num_skills, poly.r
+    for name, layer in model.adapted_layers().items():
+        parts: Any = layer
+        a = parts.a.detach().view(splits, skills, rank, -1).transpose(-1, -2)
+        b = parts.b.detach().view(splits, skills, rank, -1)
+        values = (
+            a,
+            b if poly.alpha == 1 else poly.alpha * b,
+            parts.router.logits.detach().flatten(1),
+        )
+        for ending, value in zip(_NAMES["POLY"], values, strict=True):
+            tensors[f"{_PREFIX}{name}.{ending}"] = value.contiguous().cpu()
+    config = {
+        "peft_type": "POLY", "poly_type": "poly", "r": rank, "n_tasks": poly.num_tasks,
+        "n_skills": skills, "n_splits": splits, "target_modules": sorted(model.adapted_layers()),
+    }  # fmt: skip
+    write_peft(model.base_model, config, tensors, directory)
+
+
+def write_peft(
+    base_model: Any,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    directory: str | os.PathLike[str],
+) -> None:
+    """Both files of an adapter of peft for `base_model`; `config` without what all have."""
+    model_config = base_model.config
+    seq2seq = bool(getattr(model_config, "is_encoder_decoder", False))
+    config = {
+        **config, "task_type": "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM", "inference_mode": True,
+        "base_model_name_or_path": getattr(model_config, "_name_or_path", "") or None,
     }  # fmt: skip
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
