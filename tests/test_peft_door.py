@@ -108,11 +108,24 @@ def test_decoder_only(task_type, tmp_path):
     assert model.base_model.model._get_name() == "LlamaForCausalLM"
 
 
+@pytest.mark.parametrize("adapter_dtype", [None, "float32"])
+def test_the_methods_dtype_holds(adapter_dtype):
+    base = tiny_model("t5").to(torch.bfloat16)
+    model = peft.get_peft_model(base, door_config("c-poly", adapter_dtype=adapter_dtype))
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32 if adapter_dtype else torch.bfloat16}
+
+
 def test_task_ids_matter():
     model = randomise(through_the_door("c-poly", task_type="SEQ_2_SEQ_LM"))
     assert not torch.equal(logits(model, task_ids=[0] * 4), logits(model, task_ids=[1] * 4))
-    with pytest.raises(ValueError, match="task_ids must give the task of each of the 4 sequences"):
+    missing = "task_ids must give the task of each of the 4 sequences"
+    with pytest.raises(ValueError, match=missing):
         model(**tiny_inputs("t5"))
+    # peft's own class drops them, which no method that needs them lets pass.
+    by_hand = peft.PeftModelForSeq2SeqLM(tiny_model("t5"), door_config("c-poly"))
+    with pytest.raises(ValueError, match=missing):
+        by_hand(**tiny_inputs("t5"), task_ids=[0] * 4)
 
 
 @pytest.mark.parametrize("case", ["pemt-stage-2", "c-poly", "peml-found"])
@@ -198,6 +211,29 @@ def test_an_adapter_may_have_another_name(tmp_path):
     assert torch.equal(logits(again), expected) and again.active_adapters == ["other"]
 
 
+def test_a_resized_vocabulary_is_saved_as_peft_does(tmp_path):
+    base = tiny_model("t5")
+    base.save_pretrained(tmp_path / "base")
+
+    def resized():
+        torch.manual_seed(4)
+        model = type(base).from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(90)
+        return model
+
+    model = randomise(peft.get_peft_model(resized(), door_config("lora")))
+    expected = logits(model)
+    with pytest.warns(UserWarning, match="the embedding layer has been resized"):
+        model.save_pretrained(tmp_path / "adapters")
+    assert names(model) < saved_names(tmp_path / "adapters")
+    again = resized()
+    again.get_input_embeddings().weight.data.zero_()
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapters")
+    assert torch.equal(logits(again), expected)
+    with pytest.raises(ValueError, match=r"unexpected \['base_model.lm_head.weight'"):
+        pemt_fast.load(resized(), tmp_path / "adapters")
+
+
 @pytest.mark.parametrize("sharing", ["none", "network"])
 def test_a_finished_search_is_what_is_saved(sharing, tmp_path):
     model = randomise(through_the_door("peml-search", sharing=sharing))
@@ -210,7 +246,7 @@ def test_a_finished_search_is_what_is_saved(sharing, tmp_path):
     assert torch.equal(logits(again), expected)
 
 
-def test_sources_of_stage_2_may_come_through_the_door(tmp_path):
+def test_sources_of_stage_2_may_come_through_the_door(tmp_path, monkeypatch):
     for name in ("a", "b"):
         source = randomise(through_the_door("pemt-stage-1", target=name), seed=ord(name))
         source.save_pretrained(tmp_path / name)
@@ -222,6 +258,12 @@ def test_sources_of_stage_2_may_come_through_the_door(tmp_path):
     assert any(torch.equal(v, found["prompt.sources.1"]) for k, v in saved.items() if "prompt" in k)
     assert config.sources == tuple(folders)  # the user's config stays as it was
     assert model.peft_config["default"].sources == ("a", "b")
+    expected = logits(randomise(model))
+    model.save_pretrained(tmp_path / "t")
+    (tmp_path / "elsewhere" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")  # a folder named like a source is not looked at
+    again = peft.PeftModel.from_pretrained(tiny_model("t5"), tmp_path / "t")
+    assert torch.equal(logits(again), expected)
 
 
 def test_damaged_files(tmp_path):

@@ -39,7 +39,6 @@ _CALLS: dict[str, tuple[str, ...]] = {
     f"{_TUNER}._remap_adapter_state_dict_for_load": (
         "model", "config", "adapter_name", "state_dict",
     ),
-    f"{_TUNER}._cast_adapter_dtype": ("adapter_name", "autocast_adapter_dtype"),
     f"{_TUNER}.disable_adapter_layers": (),
     f"{_TUNER}.enable_adapter_layers": (),
     f"{_TUNER}.set_adapter": ("adapter_name", "inference_mode"),

@@ -126,9 +126,6 @@ class PemtFastTuner(BaseTuner):
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a method of pemt_fast attaches as a whole")
 
-    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the dtype of what is attached is the method's `adapter_dtype`."""
-
     def trained_parameters(self) -> list[nn.Parameter]:
         """The attached parameters that the method trains, now frozen or not."""
         own = self.model.adapter_parameters()
