@@ -236,3 +236,27 @@ class Task:
             nothing = f"no answer in column {self.label_column!r}"
             raise ValueError(_HIDDEN_MESSAGE.format(self.name, nothing))
         return texts
+
+
+def benchmark_task(
+    benchmark: str,
+    name: str,
+    description: str,
+    source_fields: tuple[tuple[str, str], ...],
+    *,
+    labels: tuple[str, ...],
+    metrics: tuple[str, ...] = ("accuracy",),
+    split_rule: SplitRule = "small",
+) -> Task:
+    """Classification set of a benchmark whose configuration carries the task's own name."""
+    return Task(
+        name,
+        description,
+        dataset=benchmark,
+        config=name,
+        folder=f"{benchmark.partition('/')[2]}__{name}",
+        source_fields=source_fields,
+        labels=labels,
+        metrics=metrics,
+        split_rule=split_rule,
+    )

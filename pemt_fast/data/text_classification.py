@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single texts to be put into classes: further tasks for `tasks.py`, outside the PEMT experiments.
+"""Single texts to be put into classes: Yelp, a target of the PEMT experiments, and further ones.
 
-Label texts are the hub's class names in the hub's order.
+Label texts are the hub's class names in the hub's order; Yelp keeps digits, as published.
 """
 
 from __future__ import annotations
@@ -12,6 +12,17 @@ _TEXT = (("text", "text"),)
 _TEST = ("test", "validation")
 
 TEXT_CLASSIFICATION = (
+    Task(
+        "yelp_polarity",
+        "Say if the customer who wrote this review of a business was pleased or not.",
+        dataset="fancyzhx/yelp_polarity",
+        folder="yelp_polarity",
+        source_fields=(("sentence", "text"),),
+        labels=("0", "1"),
+        split_rule="large",
+        test_splits=_TEST,
+        train_cap=100_000,
+    ),
     Task(
         "ag_news",
         "Sort a short news item by the part of the paper that it belongs to.",
