@@ -330,6 +330,11 @@ def test_without_a_folder_the_hub_is_asked(monkeypatch):
         load_rows("cola", split="validation")
 
 
+def test_a_task_that_the_hub_lacks_asks_for_a_folder():
+    with pytest.raises(FileNotFoundError, match="'mpqa' has no data set .* data_dir with mpqa/tra"):
+        load_rows("mpqa")
+
+
 def test_unreachable_hub_points_to_the_local_folder(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", FakeHub())
     with pytest.raises(FileNotFoundError, match="no network; .* data_dir with glue__cola/train"):

@@ -230,6 +230,39 @@ GOLDEN = {
         ({"text": "i loved it .", "label": 1, "label_text": "subjective"},
          "text: i loved it .", "subjective", "1"),
     ],
+    # The hub's class names are abbreviations for these two, words for the next three.
+    "imdb": [
+        ({"text": "Bad.<br /><br />Very.", "label": 0},
+         "text: Bad.<br /><br />Very.", "neg", "0"),
+        ({"text": "Good.", "label": 1}, "text: Good.", "pos", "1"),
+    ],
+    "rotten_tomatoes": [
+        ({"text": "dull and long .", "label": 0}, "text: dull and long .", "neg", "0"),
+        ({"text": "a delight .", "label": 1}, "text: a delight .", "pos", "1"),
+    ],
+    "sst5": [
+        ({"text": "a mess .", "label": 0, "label_text": "very negative"},
+         "text: a mess .", "very negative", "0"),
+        ({"text": "slow .", "label": 1, "label_text": "negative"}, "text: slow .", "negative", "1"),
+        ({"text": "it ends .", "label": 2, "label_text": "neutral"},
+         "text: it ends .", "neutral", "2"),
+        ({"text": "nice .", "label": 3, "label_text": "positive"},
+         "text: nice .", "positive", "3"),
+        ({"text": "superb .", "label": 4, "label_text": "very positive"},
+         "text: superb .", "very positive", "4"),
+    ],
+    "cr": [
+        ({"text": "it broke .", "label": 0, "label_text": "negative"},
+         "text: it broke .", "negative", "0"),
+        ({"text": "it lasts .", "label": 1, "label_text": "positive"},
+         "text: it lasts .", "positive", "1"),
+    ],
+    "mpqa": [
+        ({"text": "threatened", "label": 0, "label_text": "negative"},
+         "text: threatened", "negative", "0"),
+        ({"text": "were supporting", "label": 1, "label_text": "positive"},
+         "text: were supporting", "positive", "1"),
+    ],
     # --- the text of the chosen option, its number from zero
     "winogrande": [
         ({"sentence": "Bo beat Ann, so _ sang.", "option1": "Bo", "option2": "Ann", "answer": "1"},

@@ -191,7 +191,7 @@ def test_every_task_scores_full_on_its_own_references(name):
         ("sst2", [], [], "predictions must hold at least one text"),
         ("sst2", ["positive"], [], "same length, got 1 and 0"),
         ("sst2", ["positive"], ["good"], r"label texts \(negative, positive\) .* got \['good'\]"),
-        ("sst3", ["a"], ["a"], "unknown task 'sst3'; close matches: sst2"),
+        ("sst3", ["a"], ["a"], "unknown task 'sst3'; close matches: sst5, sst2"),
         (["accuracy", "bleu"], ["a"], ["a"], "among accuracy, .*; got bleu"),
         ([], ["a"], ["a"], "got none"),
         (["f1"], ["a"], ["a"], "'f1' needs exactly two labels"),

@@ -43,7 +43,8 @@ def load_rows(
         One mapping per row, in the order of the source.
 
     Raises:
-        FileNotFoundError: no such folder, file or data set; the message says what was found.
+        FileNotFoundError: no such folder, file or data set, the message says what was found; or
+            a task that is not on the hub, without a folder.
         ValueError: a line is not a JSON object (with its number), or the split is empty.
     """
     task = get_task(task) if isinstance(task, str) else task
@@ -106,6 +107,11 @@ def _parse_line(path: Path, number: int, line: str) -> Row:
 
 
 def _load_from_hub(task: Task) -> DatasetDict:
+    if task.dataset is None:
+        raise FileNotFoundError(
+            f"task {task.name!r} has no data set on the hub in the columns it needs; pass data_dir "
+            f"with {task.folder}/train.jsonl"
+        )
     try:
         from datasets import load_dataset
     except ImportError as error:

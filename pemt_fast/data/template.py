@@ -56,7 +56,8 @@ class Task:
     Attributes:
         name: short name, key of `TASKS`.
         description: one sentence; its tokens give the initial task prompt.
-        dataset: hub id of the data set, in a form that needs no loading script.
+        dataset: hub id of the data set, in a form that needs no loading script; None where the hub
+            has none in these columns: local files are needed.
         folder: name of the local folder with ``train.jsonl`` and so on.
         source_fields: (marker, column) pairs in the order they are written.
         config: configuration on the hub, or None.
@@ -77,7 +78,7 @@ class Task:
 
     name: str
     description: str
-    dataset: str
+    dataset: str | None
     folder: str
     source_fields: tuple[tuple[str, str], ...]
     config: str | None = None
