@@ -20,6 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pemt_fast import cli_machine, cli_multi_task
+from pemt_fast.cli_data import (
+    LabelStyleOption,
+    PrefixOption,
+    RecordedLabelStyle,
+    RecordedPrefix,
+)
 from pemt_fast.console import console, print_table, split_names
 
 app = typer.Typer(
@@ -136,6 +142,8 @@ def train(
     seed: Annotated[int, typer.Option(help="Of training.")] = 42,
     data_seed: Annotated[int, typer.Option(help="Of splits and few-shot draws.")] = 42,
     bf16: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
+    label_style: LabelStyleOption = "name",
+    prefix: PrefixOption = "none",
 ) -> None:
     """Both stages on real data: one run per source, then one per target."""
     from pemt_fast.training.options import TrainOptions
@@ -165,6 +173,8 @@ def train(
         limit_train=limit_train,
         limit_eval=limit_eval,
         data_seed=data_seed,
+        label_style=label_style,
+        prefix=prefix,
     )
     summary = run_training(request, out, report=console.print)
     _print_summary(summary)
@@ -197,6 +207,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Examples at most.")] = None,
     batch_size: Annotated[int, typer.Option()] = 64,
     max_source_length: Annotated[int, typer.Option()] = 256,
+    label_style: RecordedLabelStyle = None,
+    prefix: RecordedPrefix = None,
 ) -> None:
     """Score saved adapters on the test part of a task."""
     from pemt_fast.training.run import evaluate_adapters
@@ -204,6 +216,7 @@ def evaluate(
     scores = evaluate_adapters(
         model, adapters, task, data,
         limit=limit, batch_size=batch_size, max_source_length=max_source_length,
+        label_style=label_style, prefix=prefix,
     )  # fmt: skip
     print_table(f"{task}, test", ("metric", "%"), list(scores.items()))
 

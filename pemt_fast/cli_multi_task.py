@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pemt_fast.cli_data import LabelStyleOption, PrefixOption
 from pemt_fast.console import console, print_table, split_names
 
 _Model = Annotated[str, typer.Option(help="T5 directory or hub name.")]
@@ -65,6 +66,8 @@ def multitask(
     architecture_share: Annotated[
         float, typer.Option(help="PEML: part of the rows for a bi-level search's architecture.")
     ] = 0.0,
+    label_style: LabelStyleOption = "name",
+    prefix: PrefixOption = "colon",
 ) -> None:
     """Compare C-Poly, PEML, LoRA mixtures and others on several tasks, at equal size."""
     from pemt_fast.training.multi_task import MultiTaskRequest, run_multi_task
@@ -78,7 +81,7 @@ def multitask(
     request = MultiTaskRequest(
         model, split_names(tasks), split_names(methods), data, units, _layers(targets),
         [int(seed) for seed in split_names(seeds)], temperature, options, limit_train, limit_eval,
-        data_seed, _settings(settings or []), architecture_share,
+        data_seed, _settings(settings or []), architecture_share, label_style, prefix,
     )  # fmt: skip
     summary = run_multi_task(request, out, report=console.print)
     columns, rows = table(summary)
@@ -108,6 +111,8 @@ def tune_peml(
     limit_eval: _LimitEval = None,
     data_seed: _DataSeed = 42,
     bf16: _Bf16 = False,
+    label_style: LabelStyleOption = "name",
+    prefix: PrefixOption = "colon",
 ) -> None:
     """Find PEML's sizes and rates for several tasks by validation scores, then test the best."""
     from pemt_fast.training.hyper_search import HyperSpace
@@ -124,7 +129,7 @@ def tune_peml(
         trials=trials, data_dir=data, temperature=temperature, options=options,
         target_modules=_layers(targets),
         limit_train=limit_train, limit_eval=limit_eval, data_seed=data_seed,
-        seeds=[int(seed) for seed in split_names(seeds)],
+        seeds=[int(seed) for seed in split_names(seeds)], label_style=label_style, prefix=prefix,
     )  # fmt: skip
     result = run(request, out, only_trials=only_trials, report=console.print)
     values, value = result["study"]["values"], result["study"]["value"]

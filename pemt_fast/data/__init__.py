@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data: from a task's name to token ids.
 
-Read in this order: `template.py` (a row becomes two texts), `tasks.py` (the table of data sets),
-`rows.py` and `load.py` (reading and cutting), `tokenization.py` (ids). `synthetic.py` makes tasks
-that need no data. Nothing heavy is imported before a function that needs it is called.
+Read in this order: `template.py` (a row becomes two texts), `style.py` (in which form), `tasks.py`
+(the table of data sets), `rows.py` and `load.py` (reading and cutting), `tokenization.py` (ids).
+`synthetic.py` makes tasks that need no data. Nothing heavy is imported before a function that needs
+it is called.
 """
 
 from pemt_fast.data.load import Splits, available_splits, load_rows, load_splits
+from pemt_fast.data.style import LabelStyle, Prefix, with_prefix
 from pemt_fast.data.synthetic import SYNTHETIC_TASKS, make_examples, synthetic_tokenizer
 from pemt_fast.data.tasks import SOURCE_TASKS, TARGET_TASKS, TASKS, get_task
 from pemt_fast.data.template import Example, Task
@@ -18,6 +20,8 @@ __all__ = [
     "TARGET_TASKS",
     "TASKS",
     "Example",
+    "LabelStyle",
+    "Prefix",
     "Splits",
     "Task",
     "available_splits",
@@ -27,4 +31,5 @@ __all__ = [
     "make_examples",
     "synthetic_tokenizer",
     "tokenize",
+    "with_prefix",
 ]

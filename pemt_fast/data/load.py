@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pemt_fast.data.rows import available_splits, load_rows
+from pemt_fast.data.style import LabelStyle, Prefix, require_style
 from pemt_fast.data.tasks import get_task
-from pemt_fast.data.template import Example, LabelStyle, Row, Task
+from pemt_fast.data.template import Example, Row, Task
 
 __all__ = ["Splits", "available_splits", "load_rows", "load_splits"]
 
@@ -61,6 +62,7 @@ def load_splits(
     limit_train: int | None = None,
     limit_eval: int | None = None,
     label_style: LabelStyle = "name",
+    prefix: Prefix = "none",
 ) -> Splits:
     """Make the train, validation and test parts of a task by the published rules.
 
@@ -74,17 +76,20 @@ def load_splits(
         limit_train: at most this many training examples, drawn at random.
         limit_eval: at most this many examples each in validation and test, drawn at random.
             NOTE: MultiRC's exact match needs whole groups and is too high on a limited part.
-        label_style: "name" or "index", as in `Task.format`.
+        label_style: "name" or "index", see `style.py`.
+        prefix: "none", "name" or "colon", see `style.py`.
 
     Returns:
         Lists of examples.
 
     Raises:
-        ValueError: a count is below 1, both `few_shot` and `limit_train` are given, a class has too
-            few rows, a part comes out empty, or a row does not fit the task.
+        ValueError: a style or prefix is unknown, a count is below 1, both `few_shot` and
+            `limit_train` are given, a class has too few rows, a part comes out empty, or a row does
+            not fit the task.
         FileNotFoundError: as in `load_rows`.
     """
     task = get_task(task) if isinstance(task, str) else task
+    require_style(label_style, prefix)
     counts = {"few_shot": few_shot, "limit_train": limit_train, "limit_eval": limit_eval}
     for name, count in counts.items():
         if count is not None and count < 1:
@@ -95,10 +100,11 @@ def load_splits(
     train, validation, test = _cut(task, data_dir, seed)
     if few_shot is not None:
         train = _draw_few_shot(task, train, few_shot, seed)
+    style = (label_style, prefix)
     return Splits(
-        train=_format(task, train, label_style, limit_train, seed, training=True),
-        validation=_format(task, validation, label_style, limit_eval, seed),
-        test=_format(task, test, label_style, limit_eval, seed),
+        train=_format(task, train, style, limit_train, seed, training=True),
+        validation=_format(task, validation, style, limit_eval, seed),
+        test=_format(task, test, style, limit_eval, seed),
     )
 
 
@@ -197,7 +203,7 @@ def _draw_few_shot(task: Task, part: _Part, count: int, seed: int) -> _Part:
 def _format(
     task: Task,
     part: _Part,
-    label_style: LabelStyle,
+    style: tuple[LabelStyle, Prefix],
     limit: int | None,
     seed: int,
     *,
@@ -211,9 +217,9 @@ def _format(
         row = part.rows[index]
         try:
             if training:
-                examples.extend(task.format_for_training(row, label_style))
+                examples.extend(task.format_for_training(row, *style))
             else:
-                examples.append(task.format(row, label_style))
+                examples.append(task.format(row, *style))
         except ValueError as error:
             raise ValueError(f"split {part.split!r}, row {index} (from 0): {error}") from error
     return examples[:limit]

@@ -4,9 +4,10 @@
 A `Task` is a table entry: which columns are shown under which markers, what the target text is,
 which metrics judge it and how its splits are made. `Task.format` turns a row of the hub's schema
 into an `Example`: ``premise: ... hypothesis: ...`` as the source, a class name, a score or an
-answer as the target. A task-name prefix is never added, as in the published PEMT runs.
+answer as the target.
 
-Next: `tasks.py` holds the entries, `load.py` cuts the splits, `tokenization.py` makes the ids.
+Next: `style.py` has the choices there are, `tasks.py` the entries; `load.py` cuts the splits,
+`tokenization.py` makes the ids.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pemt_fast.data.style import LabelStyle, Prefix, require_style, with_prefix
+
 Row = Mapping[str, object]
 Kind = Literal["classification", "regression", "qa"]
 SplitRule = Literal["small", "large", "mnli", "official"]
-LabelStyle = Literal["name", "index"]
 
 # The hub marks rows whose label is withheld, or where annotators did not agree, with this number.
 HIDDEN_LABEL = -1
@@ -96,30 +98,32 @@ class Task:
     one_example_per_answer: bool = False
     prepare: Callable[[Row], Row] | None = None
 
-    def format(self, row: Row, label_style: LabelStyle = "name") -> Example:
+    def format(
+        self, row: Row, label_style: LabelStyle = "name", prefix: Prefix = "none"
+    ) -> Example:
         """Write one row as source and target text.
 
         Args:
             row: mapping from column to value, as the hub or a JSON line gives it.
             label_style: "name" writes class names, "index" writes class numbers. Scores and free
                 answers are the same in both.
+            prefix: puts the task's name in front of the source, see `style.py`.
 
         Returns:
             The example; for question answering its target is the first answer.
 
         Raises:
             ValueError: a column is missing or has the wrong type, the label is hidden or unknown,
-                or `label_style` is neither of the two.
+                or `label_style` or `prefix` is none of its values.
         """
-        if label_style not in ("name", "index"):
-            raise ValueError(f"label_style must be 'name' or 'index', got {label_style!r}")
+        require_style(label_style, prefix)
         self._require_columns(row)
         if self.prepare is not None:
             row = self.prepare(row)
         source = " ".join(f"{marker}: {self._text(row, col)}" for marker, col in self.source_fields)
         references = self._references(row, label_style)
         return Example(
-            source=source,
+            source=with_prefix(source, self.name, prefix),
             target=references[0],
             references=references,
             group=self._group(row),
@@ -127,9 +131,11 @@ class Task:
             is_label=self.labels is not None or self.kind == "regression",
         )
 
-    def format_for_training(self, row: Row, label_style: LabelStyle = "name") -> list[Example]:
+    def format_for_training(
+        self, row: Row, label_style: LabelStyle = "name", prefix: Prefix = "none"
+    ) -> list[Example]:
         """Write one training row; ReCoRD gives one example per distinct answer, others one."""
-        example = self.format(row, label_style)
+        example = self.format(row, label_style, prefix)
         if not self.one_example_per_answer:
             return [example]
         return [replace(example, target=answer) for answer in dict.fromkeys(example.references)]

@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -53,8 +53,16 @@ def read_results(directory: str | os.PathLike[str]) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def finished(directory: Path, wanted: dict[str, object]) -> dict | None:
+def finished(
+    directory: Path, wanted: dict[str, object], *, unrecorded: Mapping[str, object] | None = None
+) -> dict | None:
     """Results of a finished run of the same request, None if there is none.
+
+    Args:
+        directory: The run directory.
+        wanted: The request.
+        unrecorded: What held for runs whose request lacks these keys: earlier versions had no other
+            value and wrote none.
 
     Raises:
         ValueError: another request was finished in its place.
@@ -62,7 +70,8 @@ def finished(directory: Path, wanted: dict[str, object]) -> dict | None:
     results = read_results(directory)
     if results is None:
         return None
-    if results.get("request") != json.loads(json.dumps(wanted)):
+    before = {**(unrecorded or {}), **results.get("request", {})}
+    if before != json.loads(json.dumps(wanted)):
         raise ValueError(
             f"{directory}: holds a finished run with other settings; choose another output "
             "directory or remove it"

@@ -22,7 +22,8 @@ import transformers
 from transformers import set_seed
 
 from pemt_fast.attach import get_model
-from pemt_fast.data import get_task
+from pemt_fast.data import LabelStyle, Prefix, get_task
+from pemt_fast.data.style import require_style
 from pemt_fast.methods.peml import PemlConfig
 from pemt_fast.methods.task_config import TaskConfig
 from pemt_fast.training.fit import (
@@ -33,6 +34,7 @@ from pemt_fast.training.fit import (
     write_json,
 )
 from pemt_fast.training.multi_task_data import (
+    common,
     encode_tasks,
     load_tasks,
     require_different,
@@ -83,6 +85,8 @@ class MultiTaskRequest:
         settings: Fields of the methods' configs and their values.
         architecture_share: Part of the training rows that PEML's search trains the architecture on
             and nothing else (bi-level); 0: both on all of them.
+        label_style: How labels are written, see `pemt_fast.data.style`.
+        prefix: What stands in front of the sources, see `pemt_fast.data.style`.
     """
 
     model: str
@@ -99,6 +103,8 @@ class MultiTaskRequest:
     data_seed: int = 42
     settings: Mapping[str, Any] = field(default_factory=dict)
     architecture_share: float = 0.0
+    label_style: LabelStyle = "name"
+    prefix: Prefix = "colon"
 
 
 def train_mixture(
@@ -112,6 +118,7 @@ def train_mixture(
     label: str,
     budget: int | None = None,
     architecture_share: float = 0.0,
+    prefix: Prefix = "colon",
 ) -> dict:
     """Train one model on all tasks and test it on each; skipped where it is finished already.
 
@@ -126,21 +133,24 @@ def train_mixture(
         budget: Choose the rank for so many trained parameters; None: that of the config. PEML
             first searches its architecture, then trains anew with what was found.
         architecture_share: As in `MultiTaskRequest`.
+        prefix: As in `MultiTaskRequest`; the tasks' sources must have none.
     """
     folder = Path(directory)
     request = {
         "backbone": backbone.name, "tasks": {n: len(t.splits.train) for n, t in tasks.items()},
         "config": config.to_dict(), "temperature": temperature,
         "options": {k: v for k, v in asdict(options).items() if k not in ("progress", "workers")},
+        "label_style": common({n: t.label_style for n, t in tasks.items()}), "prefix": prefix,
     }  # fmt: skip
     if budget is not None:
         request["budget"] = budget
     if architecture_share:
         request["architecture_share"] = architecture_share
-    if (results := finished(folder, request)) is not None:
+    earlier = {"label_style": "name", "prefix": "colon"}
+    if (results := finished(folder, request, unrecorded=earlier)) is not None:
         return results
     tokenizer = backbone.tokenizer
-    train, test = encode_tasks(tasks, tokenizer, options)
+    train, test = encode_tasks(tasks, tokenizer, options, prefix=prefix)
     length = generation_length([train, *test.values()])
     arguments = options.arguments(folder / "checkpoints", length, evaluates=False)
     data = trainer_data(train, tokenizer, temperature)
@@ -193,6 +203,7 @@ def run_multi_task(
     Raises:
         ValueError: a name, a count or a label does not fit; before anything is trained.
     """
+    require_style(request.label_style, request.prefix)
     require_different(tasks=request.tasks, methods=request.methods, seeds=request.seeds)
     names = [get_task(name).name for name in request.tasks]
     units = request.units or (COMMON + SPECIFIC * len(names)) * RANK
@@ -210,7 +221,7 @@ def run_multi_task(
     make, tokenizer = load_backbone(request.model)
     tasks = load_tasks(
         names, request.data_dir, seed=request.data_seed, limit_train=request.limit_train,
-        limit_eval=request.limit_eval,
+        limit_eval=request.limit_eval, label_style=request.label_style,
     )  # fmt: skip
     backbone = Backbone(make, tokenizer, request.model)
     folder, budget = Path(directory), None
@@ -234,6 +245,7 @@ def run_multi_task(
                     label=f"{method}, seed {seed}",
                     budget=budget if method in SIZED else None,
                     architecture_share=request.architecture_share,
+                    prefix=request.prefix,
                 )
             )
     summary = {
@@ -245,6 +257,7 @@ def run_multi_task(
             for name, task in tasks.items()
         },  # fmt: skip
         "units": units, "temperature": request.temperature,
+        "label_style": request.label_style, "prefix": request.prefix,
         "options": asdict(request.options), "runs": runs, "environment": environment(),
     }  # fmt: skip
     write_json(folder / "summary.json", summary)

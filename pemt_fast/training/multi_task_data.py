@@ -6,15 +6,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from pemt_fast.data import get_task, load_splits, tokenize
+from pemt_fast.data import LabelStyle, Prefix, get_task, load_splits, tokenize, with_prefix
 from pemt_fast.training.fit import Rows, predict
 from pemt_fast.training.metrics import compute
 from pemt_fast.training.options import TrainOptions
 from pemt_fast.training.stages import TaskData
+
+T = TypeVar("T")
 
 
 def load_task(
@@ -22,15 +24,21 @@ def load_task(
     data_dir: str | Path | None,
     *,
     seed: int,
+    few_shot: int | None = None,
     limit_train: int | None = None,
     limit_eval: int | None = None,
+    label_style: LabelStyle = "name",
+    prefix: Prefix = "none",
 ) -> TaskData:
     """A known task from a folder of JSONL data sets; None: from the hub."""
     task = get_task(name)
     splits = load_splits(
-        task, data_dir, seed=seed, limit_train=limit_train, limit_eval=limit_eval
+        task, data_dir, few_shot=few_shot, seed=seed, limit_train=limit_train,
+        limit_eval=limit_eval, label_style=label_style, prefix=prefix,
     )  # fmt: skip
-    return TaskData(task.name, task.description, splits, task)
+    return TaskData(
+        task.name, task.description, splits, task, label_style=label_style, prefix=prefix
+    )
 
 
 def load_tasks(names: Sequence[str], *where: Any, **options: Any) -> dict[str, TaskData]:
@@ -45,16 +53,24 @@ def require_different(**lists: Sequence[Any]) -> None:
             raise ValueError(f"{name} must hold at least one value, all different, got {values}")
 
 
+def common(values: Mapping[str, T]) -> T | dict[str, T]:
+    """The value of all tasks, or that of each where they differ."""
+    different = list(dict.fromkeys(values.values()))
+    return different[0] if len(different) == 1 else dict(values)
+
+
 def encode_tasks(
     tasks: Mapping[str, TaskData],
     tokenizer: PreTrainedTokenizerBase,
     options: TrainOptions,
     part: str = "test",
+    *,
+    prefix: Prefix = "colon",
 ) -> tuple[list[dict[str, Any]], dict[str, Rows]]:
     """Training rows of all tasks with their `task_ids`, and the rows of another part of each.
 
-    Texts begin with the name of the task, as in T5's pretraining: methods that take no notice of
-    task ids see it too.
+    `prefix` puts the task's name in front of the sources, which have none yet: methods that take no
+    notice of task ids see it too.
     """
     train: list[dict[str, Any]] = []
     others: dict[str, Rows] = {}
@@ -62,9 +78,12 @@ def encode_tasks(
         parts = {"train": task.splits.train, part: getattr(task.splits, part)}
         if empty := [own for own, examples in parts.items() if not examples]:
             raise ValueError(f"task {name!r}: the {empty[0]} part is empty")
+        if task.prefix != "none":
+            raise ValueError(f"task {name!r}: its sources must have no prefix yet")
         encoded = {
             own: tokenize(
-                [replace(e, source=f"{name}: {e.source}") for e in examples], tokenizer,
+                [replace(e, source=with_prefix(e.source, name, prefix)) for e in examples],
+                tokenizer,
                 max_source_length=options.max_source_length,
                 max_target_length=options.max_target_length,
             )

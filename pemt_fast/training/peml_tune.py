@@ -22,7 +22,8 @@ import transformers
 from transformers import TrainerCallback, set_seed
 
 from pemt_fast.attach import get_model
-from pemt_fast.data import get_task
+from pemt_fast.data import LabelStyle, Prefix, get_task
+from pemt_fast.data.style import require_style
 from pemt_fast.methods.peml import PemlConfig
 from pemt_fast.training.fit import environment, generation_length, write_json
 from pemt_fast.training.hyper_search import HyperResult, HyperSpace, search_hyper_parameters
@@ -63,6 +64,8 @@ class PemlTuneRequest:
         limit_eval: Validation and test examples of a task at most.
         data_seed: Seed of the splits.
         seeds: Of the runs with the best values; trials have the first one.
+        label_style: As in `MultiTaskRequest`.
+        prefix: As in `MultiTaskRequest`.
     """
 
     model: str
@@ -77,6 +80,8 @@ class PemlTuneRequest:
     limit_eval: int | None = None
     data_seed: int = 42
     seeds: Sequence[int] = (1, 2, 3)
+    label_style: LabelStyle = "name"
+    prefix: Prefix = "colon"
 
 
 def tune_peml(
@@ -99,12 +104,13 @@ def tune_peml(
         ValueError: an argument does not fit, or the study is of another space or seed.
         RuntimeError: no trial was complete.
     """
+    require_style(request.label_style, request.prefix)
     require_different(tasks=request.tasks, seeds=request.seeds)
     names = [get_task(name).name for name in request.tasks]
     make, tokenizer = load_backbone(request.model)
     tasks = load_tasks(
         names, request.data_dir, seed=request.data_seed, limit_train=request.limit_train,
-        limit_eval=request.limit_eval,
+        limit_eval=request.limit_eval, label_style=request.label_style,
     )  # fmt: skip
     trials = _Trials(Backbone(make, tokenizer, request.model), tasks, request)
     folder = Path(directory)
@@ -134,12 +140,14 @@ def _claim(folder: Path, request: PemlTuneRequest, names: Sequence[str]) -> None
         "target_modules": request.target_modules, "temperature": request.temperature,
         "limit_train": request.limit_train, "limit_eval": request.limit_eval,
         "data_seed": request.data_seed, "seed": request.seeds[0],
+        "label_style": request.label_style, "prefix": request.prefix,
     }  # fmt: skip
     path = folder / REQUEST_FILE
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, own)
-    before = json.loads(path.read_text())
+    # Studies of earlier versions do not say: they had no other style and prefix.
+    before = {"label_style": "name", "prefix": "colon"} | json.loads(path.read_text())
     if other := [name for name, value in own.items() if before.get(name) != _plain(value)]:
         raise ValueError(
             f"{folder}: holds a study with another value of {other[0]}: {before.get(other[0])}, "
@@ -162,7 +170,7 @@ def _best_runs(
             train_mixture(
                 trials.backbone, trials.tasks, config, replace(options, seed=seed),
                 folder / "best" / f"seed{seed}", temperature=trials.request.temperature,
-                label=f"tuned peml, seed {seed}",
+                label=f"tuned peml, seed {seed}", prefix=trials.request.prefix,
             )
         )  # fmt: skip
     return runs
@@ -195,7 +203,7 @@ class _Trials:
         self.tasks = tasks
         self.request = request
         self.train, self.validation = encode_tasks(
-            tasks, backbone.tokenizer, request.options, "validation"
+            tasks, backbone.tokenizer, request.options, "validation", prefix=request.prefix
         )
         self.length = generation_length([self.train, *self.validation.values()])
 

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +53,7 @@ def read_texts(paths: list[Path]) -> list[str]:
 def load_task(name: str, data_dir: str | os.PathLike[str] | None) -> list[Example]:
     """Training rows of a task, its name in front of each source."""
     folder = None if data_dir is None else Path(data_dir)
-    examples = load_splits(name, folder, limit_train=TASK_LIMIT).train
-    return [replace(example, source=f"{name}: {example.source}") for example in examples]
+    return load_splits(name, folder, limit_train=TASK_LIMIT, prefix="colon").train
 
 
 def digest(texts: list[str], examples: list[Example]) -> str:

@@ -7,6 +7,7 @@ that is finished is skipped, so the same command continues after a kill.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,18 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokeniz
 
 from pemt_fast.attach import load
 from pemt_fast.checkpoint import replace_file
-from pemt_fast.data import Splits, get_task, load_splits, tokenize
+from pemt_fast.data import LabelStyle, Prefix, get_task, load_splits, tokenize
 from pemt_fast.methods.pemt_config import PemtConfig
 from pemt_fast.t5 import T5Model, max_positions
-from pemt_fast.training.fit import encode, environment, generation_length, predict, write_json
+from pemt_fast.training import multi_task_data
+from pemt_fast.training.fit import (
+    encode,
+    environment,
+    generation_length,
+    predict,
+    read_results,
+    write_json,
+)
 from pemt_fast.training.metrics import compute
 from pemt_fast.training.options import STAGE_ONE, STAGE_TWO, TrainOptions
 from pemt_fast.training.stages import (
@@ -30,6 +39,8 @@ from pemt_fast.training.stages import (
     train_source,
     train_target,
 )
+
+logger = logging.getLogger("pemt_fast")
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,8 @@ class TrainRequest:
         limit_train: Source examples at most.
         limit_eval: Validation and test examples at most.
         data_seed: Seed of splits and few-shot draws.
+        label_style: How labels are written, see `pemt_fast.data.style`.
+        prefix: What stands in front of the sources, see `pemt_fast.data.style`.
     """
 
     model: str
@@ -71,6 +84,8 @@ class TrainRequest:
     limit_train: int | None = None
     limit_eval: int | None = None
     data_seed: int = 42
+    label_style: LabelStyle = "name"
+    prefix: Prefix = "none"
 
 
 def load_backbone(name: str) -> tuple[Callable[[], T5Model], PreTrainedTokenizerBase]:
@@ -94,16 +109,16 @@ def load_task(
     name: str, request: TrainRequest, *, few_shot: int | None, limit_train: int | None
 ) -> TaskData:
     """Examples of a known task."""
-    task = get_task(name)
-    splits = load_splits(
-        task,
+    return multi_task_data.load_task(
+        name,
         request.data_dir,
         few_shot=few_shot,
         seed=request.data_seed,
         limit_train=limit_train,
         limit_eval=request.limit_eval,
+        label_style=request.label_style,
+        prefix=request.prefix,
     )
-    return TaskData(task.name, task.description, splits, task)
 
 
 def _check(
@@ -166,7 +181,9 @@ def run_training(
     for name, task in targets.items():
         report(f"stage 2: {name}, {len(task.splits.train)} examples")
         summary["targets"][name] = _adapt(request, backbone, task, folder, list(sources))
-    summary["environment"] = environment()
+    summary |= {
+        "label_style": request.label_style, "prefix": request.prefix, "environment": environment(),
+    }  # fmt: skip
     write_json(folder / "summary.json", summary)
     text = markdown(summary)
     replace_file(folder / "summary.md", lambda path: path.write_text(text))
@@ -230,14 +247,34 @@ def evaluate_adapters(
     limit: int | None = None,
     batch_size: int = 64,
     max_source_length: int = 256,
+    label_style: LabelStyle | None = None,
+    prefix: Prefix | None = None,
 ) -> dict[str, float]:
-    """Scores of saved adapters on the test part of a task."""
+    """Scores of saved adapters on the test part of a task.
+
+    `label_style` and `prefix` are those of the adapters' run unless given; adapters without
+    `results.json` are taken to have been trained with the default of `TrainRequest`.
+    """
     task = get_task(task_name)
+    recorded = _recorded_style(adapters, task.name)
+    label_style, prefix = label_style or recorded[0], prefix or recorded[1]
+    logger.info("%s: label style %r, prefix %r", task.name, label_style, prefix)
+    splits = load_splits(
+        task, data_dir, limit_eval=limit, label_style=label_style, prefix=prefix
+    )  # fmt: skip
     make, tokenizer = load_backbone(model)
-    splits: Splits = load_splits(task, data_dir, limit_eval=limit)
     rows = tokenize(splits.test, tokenizer, max_source_length=max_source_length)
     adapted = load(make(), adapters)
     texts = predict(
         adapted, tokenizer, rows, batch_size=batch_size, max_length=generation_length([rows])
     )
     return compute(task, texts, list(splits.test))
+
+
+def _recorded_style(adapters: str | os.PathLike[str], task_name: str) -> tuple[LabelStyle, Prefix]:
+    """What the run that left these adapters wrote its texts in."""
+    request = (read_results(adapters) or {}).get("request", {})
+    # Runs of several tasks have always had a prefix, also before it was recorded.
+    prefix = request.get("prefix", "colon" if "tasks" in request else "none")
+    style = request.get("label_style", "name")
+    return (style.get(task_name, "name") if isinstance(style, dict) else style), prefix

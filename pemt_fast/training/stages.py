@@ -15,7 +15,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from pemt_fast.attach import get_model
-from pemt_fast.data import Splits, Task
+from pemt_fast.data import LabelStyle, Prefix, Splits, Task
 from pemt_fast.methods.pemt_config import PemtConfig
 from pemt_fast.t5 import T5Model
 from pemt_fast.training.fit import (
@@ -58,6 +58,8 @@ class TaskData:
         splits: Train, validation and test examples.
         metrics: A known task or names of metrics, for `metrics.compute`.
         prompt_length: Prompt positions; None: the tokens of the description.
+        label_style: How the targets of `splits` are written, for the results.
+        prefix: What stands in front of the sources of `splits`, for the results.
     """
 
     name: str
@@ -65,6 +67,8 @@ class TaskData:
     splits: Splits
     metrics: Task | Sequence[str]
     prompt_length: int | None = None
+    label_style: LabelStyle = "name"
+    prefix: Prefix = "none"
 
 
 def _run(
@@ -82,8 +86,11 @@ def _run(
         "config": config.to_dict(),
         "options": {k: v for k, v in asdict(options).items() if k not in ("progress", "workers")},
         "examples": len(task.splits.train),
+        "label_style": task.label_style,
+        "prefix": task.prefix,
     }
-    if (results := finished(directory, request)) is not None:
+    earlier = {"label_style": "name", "prefix": "none"}
+    if (results := finished(directory, request, unrecorded=earlier)) is not None:
         return results
     set_seed(options.seed)
     model = get_model(backbone.make(), config, backbone.tokenizer)
