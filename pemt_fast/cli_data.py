@@ -17,3 +17,6 @@ RecordedLabelStyle = Annotated[
     LabelStyle | None, typer.Option(help="Default: that of the adapters' run.")
 ]
 RecordedPrefix = Annotated[Prefix | None, typer.Option(help="Default: that of the adapters' run.")]
+MaxSourceLength = Annotated[
+    int | None, typer.Option(help="Tokens of a text; default: the task's own, see 'tasks'.")
+]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pemt_fast.cli_data import LabelStyleOption, PrefixOption
+from pemt_fast.cli_data import LabelStyleOption, MaxSourceLength, PrefixOption
 from pemt_fast.console import console, print_table, split_names
 
 _Model = Annotated[str, typer.Option(help="T5 directory or hub name.")]
@@ -54,7 +54,7 @@ def multitask(
     lr: Annotated[float, typer.Option(help="Of adapters; routers have their own.")] = 1e-3,
     batch_size: _Number = 32,
     temperature: _Temperature = 2.0,
-    max_source_length: _Number = 256,
+    max_source_length: MaxSourceLength = None,
     limit_train: _LimitTrain = None,
     limit_eval: _LimitEval = None,
     data_seed: _DataSeed = 42,
@@ -106,7 +106,7 @@ def tune_peml(
     steps: _Steps = None,
     batch_size: _Number = 32,
     temperature: _Temperature = 2.0,
-    max_source_length: _Number = 256,
+    max_source_length: MaxSourceLength = None,
     limit_train: _LimitTrain = None,
     limit_eval: _LimitEval = None,
     data_seed: _DataSeed = 42,

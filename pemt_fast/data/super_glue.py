@@ -47,6 +47,7 @@ SUPER_GLUE = (
         group_keys=("paragraph", "question"),
         metrics=("f1", "group_em"),
         prepare=rewrite.strip_markup,
+        max_source_length=348,
     ),
     benchmark_task(
         _BENCHMARK,
@@ -79,5 +80,6 @@ SUPER_GLUE = (
         split_rule="large",
         one_example_per_answer=True,
         prepare=rewrite.flatten_record,
+        max_source_length=512,
     ),
 )

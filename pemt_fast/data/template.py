@@ -22,6 +22,9 @@ Row = Mapping[str, object]
 Kind = Literal["classification", "regression", "qa"]
 SplitRule = Literal["small", "large", "mnli", "official"]
 
+# Tokens of a source in the published scripts, but for MultiRC and question answering.
+MAX_SOURCE_LENGTH = 256
+
 # The hub marks rows whose label is withheld, or where annotators did not agree, with this number.
 HIDDEN_LABEL = -1
 _HIDDEN_MESSAGE = (
@@ -76,6 +79,8 @@ class Task:
         drop_unlabelled: leave out rows with the hidden label instead of refusing them.
         one_example_per_answer: train on every answer of a row, not only on the first.
         prepare: rewrites the row before it is formatted.
+        max_source_length: longest source in tokens where the user names none, as published where
+            that is known; see `MAX_SOURCE_LENGTH`.
     """
 
     name: str
@@ -97,6 +102,7 @@ class Task:
     drop_unlabelled: bool = False
     one_example_per_answer: bool = False
     prepare: Callable[[Row], Row] | None = None
+    max_source_length: int = MAX_SOURCE_LENGTH
 
     def format(
         self, row: Row, label_style: LabelStyle = "name", prefix: Prefix = "none"

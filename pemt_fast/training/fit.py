@@ -26,7 +26,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from pemt_fast.attached import AttachedModel
 from pemt_fast.checkpoint import replace_file
 from pemt_fast.data import Splits, Task, tokenize
-from pemt_fast.data.template import Example
+from pemt_fast.data.template import MAX_SOURCE_LENGTH, Example
 from pemt_fast.model import AdapterModel
 from pemt_fast.t5 import T5Model
 from pemt_fast.training.metrics import compute
@@ -132,7 +132,10 @@ def predict(
 def encode(
     splits: Splits, tokenizer: PreTrainedTokenizerBase, options: TrainOptions
 ) -> tuple[Rows, Rows, Rows]:
-    """Token ids of the three parts; raises if a part is empty or a label does not fit."""
+    """Token ids of the three parts; raises if a part is empty or a label does not fit.
+
+    A source length of None is that of most tasks: see `TrainOptions.for_task`.
+    """
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     for name, examples in parts.items():
         if not examples:
@@ -141,7 +144,7 @@ def encode(
         tokenize(
             examples,
             tokenizer,
-            max_source_length=options.max_source_length,
+            max_source_length=options.max_source_length or MAX_SOURCE_LENGTH,
             max_target_length=options.max_target_length,
         )
         for examples in parts.values()

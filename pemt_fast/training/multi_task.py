@@ -39,6 +39,7 @@ from pemt_fast.training.multi_task_data import (
     load_tasks,
     require_different,
     score_tasks,
+    source_length,
     trainer_data,
 )
 from pemt_fast.training.multi_task_methods import (
@@ -136,10 +137,12 @@ def train_mixture(
         prefix: As in `MultiTaskRequest`; the tasks' sources must have none.
     """
     folder = Path(directory)
+    lengths = common({n: source_length(t, options) for n, t in tasks.items()})
+    recorded = asdict(options) | {"max_source_length": lengths}
     request = {
         "backbone": backbone.name, "tasks": {n: len(t.splits.train) for n, t in tasks.items()},
         "config": config.to_dict(), "temperature": temperature,
-        "options": {k: v for k, v in asdict(options).items() if k not in ("progress", "workers")},
+        "options": {k: v for k, v in recorded.items() if k not in ("progress", "workers")},
         "label_style": common({n: t.label_style for n, t in tasks.items()}), "prefix": prefix,
     }  # fmt: skip
     if budget is not None:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, cast
 
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from pemt_fast.data import LabelStyle, Prefix, get_task, load_splits, tokenize, with_prefix
+from pemt_fast.data import LabelStyle, Prefix, Task, get_task, load_splits, tokenize, with_prefix
+from pemt_fast.data.template import MAX_SOURCE_LENGTH
 from pemt_fast.training.fit import Rows, predict
 from pemt_fast.training.metrics import compute
 from pemt_fast.training.options import TrainOptions
@@ -59,6 +60,12 @@ def common(values: Mapping[str, T]) -> T | dict[str, T]:
     return different[0] if len(different) == 1 else dict(values)
 
 
+def source_length(task: TaskData, options: TrainOptions) -> int:
+    """Tokens of a source at most: those of the options or, where they name none, of the task."""
+    own = task.metrics.max_source_length if isinstance(task.metrics, Task) else MAX_SOURCE_LENGTH
+    return options.max_source_length or own
+
+
 def encode_tasks(
     tasks: Mapping[str, TaskData],
     tokenizer: PreTrainedTokenizerBase,
@@ -84,7 +91,7 @@ def encode_tasks(
             own: tokenize(
                 [replace(e, source=with_prefix(e.source, name, prefix)) for e in examples],
                 tokenizer,
-                max_source_length=options.max_source_length,
+                max_source_length=source_length(task, options),
                 max_target_length=options.max_target_length,
             )
             for own, examples in parts.items()

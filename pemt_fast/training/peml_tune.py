@@ -29,6 +29,7 @@ from pemt_fast.training.fit import environment, generation_length, write_json
 from pemt_fast.training.hyper_search import HyperResult, HyperSpace, search_hyper_parameters
 from pemt_fast.training.multi_task import train_mixture
 from pemt_fast.training.multi_task_data import (
+    common,
     encode_tasks,
     load_tasks,
     require_different,
@@ -132,7 +133,8 @@ def tune_peml(
 
 def _claim(folder: Path, request: PemlTuneRequest, names: Sequence[str]) -> None:
     """Say what the study in a folder is of: scores of anything else may not join it."""
-    options = asdict(request.options)
+    lengths = {n: request.options.max_source_length or get_task(n).max_source_length for n in names}
+    options = asdict(request.options) | {"max_source_length": common(lengths)}
     for changing in ("progress", "workers", "learning_rate", "seed"):
         del options[changing]
     own = {

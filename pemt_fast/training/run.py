@@ -121,24 +121,34 @@ def load_task(
     )
 
 
+def _options(request: TrainRequest, task: TaskData, stage: int) -> TrainOptions:
+    """Those of a stage, with what they leave to the task."""
+    if stage == 1:
+        return request.source_options.for_task(task.metrics, stage=1)
+    return request.target_options.for_task(task.metrics, stage=2, few_shot=request.few_shot)
+
+
 def _check(
-    request: TrainRequest, tasks: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase,
+    request: TrainRequest,
+    sources: dict[str, TaskData],
+    targets: dict[str, TaskData],
+    tokenizer: PreTrainedTokenizerBase,
     model: T5Model,
-) -> None:  # fmt: skip
+) -> None:
     """Everything about the tasks that can be wrong, before the first step of the first run."""
     limit = max_positions(model)
-    for name, task in tasks.items():
-        options = request.source_options if name in request.sources else request.target_options
-        encode(task.splits, tokenizer, options)
-        length = len(tokenizer(task.description)["input_ids"])
-        if length > limit:
-            raise ValueError(
-                f"the description of {name!r} has {length} tokens: a prompt may have at most "
-                f"{limit}, the positions of this model"
-            )
+    for stage, tasks in ((1, sources), (2, targets)):
+        for name, task in tasks.items():
+            encode(task.splits, tokenizer, _options(request, task, stage))
+            length = len(tokenizer(task.description)["input_ids"])
+            if length > limit:
+                raise ValueError(
+                    f"the description of {name!r} has {length} tokens: a prompt may have at most "
+                    f"{limit}, the positions of this model"
+                )
     # Builds the config once, so that a bad choice is found now.
     PemtConfig(
-        sources=request.sources, source_kind=request.source_kind, source_rank=request.source_rank,
+        sources=list(sources), source_kind=request.source_kind, source_rank=request.source_rank,
         target_reduction=request.target_reduction, aux_weight=request.aux_weight,
     )  # fmt: skip
 
@@ -169,13 +179,13 @@ def run_training(
         n: load_task(n, request, few_shot=request.few_shot, limit_train=None)
         for n in names[len(request.sources) :]
     }
-    _check(request, sources | targets, tokenizer, make())
+    _check(request, sources, targets, tokenizer, make())
     backbone = Backbone(make, tokenizer, request.model)
     summary: dict = {"sources": {}, "targets": {}}
     for name, task in sources.items():
         report(f"stage 1: {name}, {len(task.splits.train)} examples")
         summary["sources"][name] = train_source(
-            backbone, task, request.source_options, folder / "sources" / name,
+            backbone, task, _options(request, task, 1), folder / "sources" / name,
             rank=request.source_rank, kind=request.source_kind, published=request.published,
         )  # fmt: skip
     for name, task in targets.items():
@@ -193,7 +203,7 @@ def run_training(
 def _adapt(
     request: TrainRequest, backbone: Backbone, task: TaskData, folder: Path, sources: Sequence[str]
 ) -> dict:
-    options = request.target_options
+    options = _options(request, task, 2)
     pemt = train_target(
         backbone, task, [folder / "sources" / s for s in sources], options,
         folder / "targets" / task.name, kind=request.source_kind,
@@ -246,7 +256,7 @@ def evaluate_adapters(
     *,
     limit: int | None = None,
     batch_size: int = 64,
-    max_source_length: int = 256,
+    max_source_length: int | None = None,
     label_style: LabelStyle | None = None,
     prefix: Prefix | None = None,
 ) -> dict[str, float]:
@@ -263,7 +273,8 @@ def evaluate_adapters(
         task, data_dir, limit_eval=limit, label_style=label_style, prefix=prefix
     )  # fmt: skip
     make, tokenizer = load_backbone(model)
-    rows = tokenize(splits.test, tokenizer, max_source_length=max_source_length)
+    length = max_source_length or task.max_source_length
+    rows = tokenize(splits.test, tokenizer, max_source_length=length)
     adapted = load(make(), adapters)
     texts = predict(
         adapted, tokenizer, rows, batch_size=batch_size, max_length=generation_length([rows])

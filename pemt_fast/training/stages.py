@@ -80,6 +80,7 @@ def _run(
     label: str,
 ) -> dict:
     """Train `config` on `task`, or return what a finished run left."""
+    options = options.for_task(task.metrics, stage=config.stage)
     request = {
         "backbone": backbone.name,
         "task": task.name,
@@ -184,7 +185,7 @@ def train_target(
 
 def score_untouched(backbone: Backbone, task: TaskData, options: TrainOptions) -> dict[str, float]:
     """Scores of the T5 without any adapter on the test part."""
-    rows = encode(task.splits, backbone.tokenizer, options)
+    rows = encode(task.splits, backbone.tokenizer, options.for_task(task.metrics, stage=2))
     texts = predict(
         backbone.make(),
         backbone.tokenizer,
