@@ -7,7 +7,7 @@ Read in this order: `template.py` (a row becomes two texts), `style.py` (in whic
 it is called.
 """
 
-from pemt_fast.data.load import Splits, available_splits, load_rows, load_splits
+from pemt_fast.data.load import Source, Splits, available_splits, load_rows, load_splits
 from pemt_fast.data.style import LabelStyle, Prefix, with_prefix
 from pemt_fast.data.synthetic import SYNTHETIC_TASKS, make_examples, synthetic_tokenizer
 from pemt_fast.data.tasks import SOURCE_TASKS, TARGET_TASKS, TASKS, get_task
@@ -22,6 +22,7 @@ __all__ = [
     "Example",
     "LabelStyle",
     "Prefix",
+    "Source",
     "Splits",
     "Task",
     "available_splits",

@@ -21,14 +21,13 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from pemt_fast.data.rows import available_splits, load_rows
+from pemt_fast.data.rows import Source, available_splits, load_rows
 from pemt_fast.data.style import LabelStyle, Prefix, require_style
 from pemt_fast.data.tasks import get_task
 from pemt_fast.data.template import Example, Row, Task
 
-__all__ = ["Splits", "available_splits", "load_rows", "load_splits"]
+__all__ = ["Source", "Splits", "available_splits", "load_rows", "load_splits"]
 
 logger = logging.getLogger("pemt_fast")
 
@@ -55,7 +54,7 @@ class _Part:
 
 def load_splits(
     task: str | Task,
-    data_dir: str | Path | None = None,
+    data_dir: Source = None,
     *,
     few_shot: int | None = None,
     seed: int = 42,
@@ -86,9 +85,9 @@ def load_splits(
         ValueError: a style or prefix is unknown, a count is below 1, both `few_shot` and
             `limit_train` are given, a class has too few rows, a part comes out empty, or a row does
             not fit the task.
-        FileNotFoundError: as in `load_rows`.
+        FileNotFoundError, TypeError: as in `load_rows`.
     """
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     require_style(label_style, prefix)
     counts = {"few_shot": few_shot, "limit_train": limit_train, "limit_eval": limit_eval}
     for name, count in counts.items():
@@ -108,7 +107,7 @@ def load_splits(
     )
 
 
-def _cut(task: Task, data_dir: str | Path | None, seed: int) -> tuple[_Part, _Part, _Part]:
+def _cut(task: Task, data_dir: Source, seed: int) -> tuple[_Part, _Part, _Part]:
     """Apply the split rule; train, validation, test."""
     train = _whole(task, data_dir, "train")
     if task.split_rule == "mnli":
@@ -139,7 +138,7 @@ def _cut(task: Task, data_dir: str | Path | None, seed: int) -> tuple[_Part, _Pa
     )
 
 
-def _whole(task: Task, data_dir: str | Path | None, split: str) -> _Part:
+def _whole(task: Task, data_dir: Source, split: str) -> _Part:
     rows = load_rows(task, data_dir, split)
     if task.drop_unlabelled:
         labelled = [row for row in rows if not task.is_unlabelled(row)]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the rows of one original split, from a local folder of JSON lines or from the hub.
+"""Reads the rows of one original split: from a folder of JSON lines, from memory or from the hub.
 
 A local folder mirrors the hub: ``<data set>__<configuration>/<split>.jsonl``, one JSON object per
-line, columns and label numbers as the hub has them. The hub is asked only when no folder is given.
+line, columns and label numbers as the hub has them. Rows in memory are a mapping from split to
+rows, such as a `datasets.DatasetDict`. The hub is asked only when neither is given.
 
 Next: `load.py` makes train, validation and test of these rows.
 """
@@ -10,8 +11,10 @@ Next: `load.py` makes train, validation and test of these rows.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pemt_fast.data.tasks import get_task
 from pemt_fast.data.template import Row, Task
@@ -19,24 +22,45 @@ from pemt_fast.data.template import Row, Task
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
+# A folder, the rows by split (a `DatasetDict` is one), or None for the hub.
+Source = str | os.PathLike[str] | Mapping[str, Iterable[Row]] | None
+# Where the rows of several tasks are: one place for all, or one for each by the task's name.
+Sources = Source | Mapping[str, Source]
 
-def available_splits(task: str | Task, data_dir: str | Path | None = None) -> tuple[str, ...]:
-    """List the original splits of a task, in the local folder or on the hub."""
-    task = get_task(task) if isinstance(task, str) else task
+
+def source_of(data_dir: Sources, task: Task) -> Source:
+    """Where the rows of one of several tasks are.
+
+    Raises:
+        ValueError: a mapping from names of tasks lacks this one.
+    """
+    if not isinstance(data_dir, Mapping):
+        return data_dir
+    if task.name not in data_dir:
+        raise ValueError(
+            f"data_dir has no entry for the task {task.name!r}; it has: {', '.join(data_dir)}"
+        )
+    return cast(Source, data_dir[task.name])
+
+
+def available_splits(task: str | Task, data_dir: Source = None) -> tuple[str, ...]:
+    """List the original splits of a task, in the local folder, in memory or on the hub."""
+    task = get_task(task)
     if data_dir is None:
         return tuple(_load_from_hub(task))
+    if isinstance(data_dir, Mapping):
+        return tuple(data_dir)
     return tuple(sorted(path.stem for path in _find_folder(task, data_dir).glob("*.jsonl")))
 
 
-def load_rows(
-    task: str | Task, data_dir: str | Path | None = None, split: str = "train"
-) -> list[Row]:
+def load_rows(task: str | Task, data_dir: Source = None, split: str = "train") -> list[Row]:
     """Read all rows of one original split.
 
     Args:
         task: a task or its name.
         data_dir: folder with a folder ``<task.folder>`` or ``<task.name>`` of ``<split>.jsonl``
-            files, or with those files themselves; None asks the hub through `datasets`.
+            files, or with those files themselves; or a mapping from split to rows, a list of
+            mappings or a `datasets.Dataset` each; None asks the hub through `datasets`.
         split: name of the original split, such as "train" or "validation_matched".
 
     Returns:
@@ -45,23 +69,40 @@ def load_rows(
     Raises:
         FileNotFoundError: no such folder, file or data set, the message says what was found; or
             a task that is not on the hub, without a folder.
-        ValueError: a line is not a JSON object (with its number), or the split is empty.
+        TypeError: `data_dir` is none of these.
+        ValueError: a line is not a JSON object (with its number), a row in memory is no mapping, or
+            the split is empty.
     """
-    task = get_task(task) if isinstance(task, str) else task
-    if data_dir is not None:
-        return _read_jsonl(_find_folder(task, data_dir), split)
-    parts = _load_from_hub(task)
-    if split not in parts:
-        raise FileNotFoundError(
-            f"data set {task.dataset!r} has no split {split!r}; it has: {', '.join(parts)}"
+    task = get_task(task)
+    if data_dir is None:
+        return _rows_of(_load_from_hub(task), split, f"data set {task.dataset!r}")
+    if isinstance(data_dir, Mapping):
+        return _rows_of(data_dir, split, f"data_dir of task {task.name!r}")
+    if not isinstance(data_dir, str | os.PathLike):
+        raise TypeError(
+            "data_dir must be a folder, a mapping from split to rows such as a "
+            f"datasets.DatasetDict, or None, got {type(data_dir).__name__}"
         )
-    rows = parts[split].to_list()
+    return _read_jsonl(_find_folder(task, data_dir), split)
+
+
+def _rows_of(parts: Mapping[str, Iterable[Row]], split: str, what: str) -> list[Row]:
+    if split not in parts:
+        raise FileNotFoundError(f"{what} has no split {split!r}; it has: {', '.join(parts)}")
+    part = parts[split]
+    rows: list[Row] = part.to_list() if hasattr(part, "to_list") else list(part)
     if not rows:
-        raise ValueError(f"split {split!r} of data set {task.dataset!r} is empty")
+        raise ValueError(f"split {split!r} of {what} is empty")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"split {split!r} of {what}, row {number} (from 0): expected a mapping from column "
+                f"to value, got {type(row).__name__}"
+            )
     return rows
 
 
-def _find_folder(task: Task, data_dir: str | Path) -> Path:
+def _find_folder(task: Task, data_dir: str | os.PathLike[str]) -> Path:
     root = Path(data_dir)
     if not root.is_dir():
         raise FileNotFoundError(f"data_dir must be an existing folder, got {str(root)!r}")

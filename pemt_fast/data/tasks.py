@@ -65,12 +65,16 @@ ALIASES: dict[str, str] = {
 }
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str | Task) -> Task:
     """Find a task by its name or by the name the authors' scripts use; case does not matter.
+
+    A task is returned as it is, so that one of your own goes wherever a name does.
 
     Raises:
         ValueError: no such task; the message lists the closest names.
     """
+    if isinstance(name, Task):
+        return name
     key = name.strip().lower()
     key = ALIASES.get(key, key)
     if key in TASKS:

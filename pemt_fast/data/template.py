@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from pemt_fast.data.style import LabelStyle, Prefix, require_style, with_prefix
 
@@ -103,6 +103,22 @@ class Task:
     one_example_per_answer: bool = False
     prepare: Callable[[Row], Row] | None = None
     max_source_length: int = MAX_SOURCE_LENGTH
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\"):
+            raise ValueError(f"name of a task must be the name of a folder, got {self.name!r}")
+        known = get_args(Kind), get_args(SplitRule)
+        for value, field, values in zip(
+            (self.kind, self.split_rule), ("kind", "split_rule"), known, strict=True
+        ):
+            if value not in values:
+                raise ValueError(
+                    f"task {self.name!r}: {field} must be one of {', '.join(values)}, got {value!r}"
+                )
+        if self.kind == "classification" and not (self.labels or self.option_columns):
+            raise ValueError(f"task {self.name!r}: classification needs labels or option_columns")
+        if len(set(self.labels or ())) != len(self.labels or ()):
+            raise ValueError(f"task {self.name!r}: labels must all differ, got {self.labels}")
 
     def format(
         self, row: Row, label_style: LabelStyle = "name", prefix: Prefix = "none"

@@ -22,7 +22,8 @@ import transformers
 from transformers import set_seed
 
 from pemt_fast.attach import get_model
-from pemt_fast.data import LabelStyle, Prefix, get_task
+from pemt_fast.data import LabelStyle, Prefix, Task, get_task
+from pemt_fast.data.rows import Sources
 from pemt_fast.data.style import require_style
 from pemt_fast.methods.peml import PemlConfig
 from pemt_fast.methods.task_config import TaskConfig
@@ -72,9 +73,10 @@ class MultiTaskRequest:
 
     Attributes:
         model: Directory or hub name of a T5.
-        tasks: Tasks that are trained together.
+        tasks: Tasks that are trained together, names or `Task` objects.
         methods: Names of `config_of`.
-        data_dir: Folder of JSONL data sets; None: the hub.
+        data_dir: Folder of JSONL data sets; a mapping from a task's name to its own folder or to
+            its rows by split (see `load_rows`); None: the hub.
         units: Hidden units per adapted layer; None: C-Poly's published sizes.
         target_modules: As in `LinearConfig`.
         seeds: One run per method and seed.
@@ -91,9 +93,9 @@ class MultiTaskRequest:
     """
 
     model: str
-    tasks: Sequence[str]
+    tasks: Sequence[str | Task]
     methods: Sequence[str] = ("lora", "moe_lora", "poly", "mhr", "c_poly")
-    data_dir: str | Path | None = None
+    data_dir: Sources = None
     units: int | None = None
     target_modules: str | Sequence[str] | None = None
     seeds: Sequence[int] = (1, 2, 3)
@@ -207,8 +209,8 @@ def run_multi_task(
         ValueError: a name, a count or a label does not fit; before anything is trained.
     """
     require_style(request.label_style, request.prefix)
-    require_different(tasks=request.tasks, methods=request.methods, seeds=request.seeds)
     names = [get_task(name).name for name in request.tasks]
+    require_different(tasks=names, methods=request.methods, seeds=request.seeds)
     units = request.units or (COMMON + SPECIFIC * len(names)) * RANK
     configs = {
         method: with_settings(
@@ -223,7 +225,7 @@ def run_multi_task(
         )
     make, tokenizer = load_backbone(request.model)
     tasks = load_tasks(
-        names, request.data_dir, seed=request.data_seed, limit_train=request.limit_train,
+        request.tasks, request.data_dir, seed=request.data_seed, limit_train=request.limit_train,
         limit_eval=request.limit_eval, label_style=request.label_style,
     )  # fmt: skip
     backbone = Backbone(make, tokenizer, request.model)

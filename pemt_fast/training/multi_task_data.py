@@ -5,12 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from pemt_fast.data import LabelStyle, Prefix, Task, get_task, load_splits, tokenize, with_prefix
+from pemt_fast.data import (
+    LabelStyle,
+    Prefix,
+    Task,
+    get_task,
+    load_splits,
+    tokenize,
+    with_prefix,
+)
+from pemt_fast.data.rows import Sources, source_of
 from pemt_fast.data.template import MAX_SOURCE_LENGTH
 from pemt_fast.training.fit import Rows, predict
 from pemt_fast.training.metrics import compute
@@ -21,8 +29,8 @@ T = TypeVar("T")
 
 
 def load_task(
-    name: str,
-    data_dir: str | Path | None,
+    name: str | Task,
+    data_dir: Sources,
     *,
     seed: int,
     few_shot: int | None = None,
@@ -31,10 +39,14 @@ def load_task(
     label_style: LabelStyle = "name",
     prefix: Prefix = "none",
 ) -> TaskData:
-    """A known task from a folder of JSONL data sets; None: from the hub."""
+    """A task's examples.
+
+    `data_dir`: a folder of JSONL data sets; a mapping from the task's name to what `load_splits`
+    takes; None: the hub.
+    """
     task = get_task(name)
     splits = load_splits(
-        task, data_dir, few_shot=few_shot, seed=seed, limit_train=limit_train,
+        task, source_of(data_dir, task), few_shot=few_shot, seed=seed, limit_train=limit_train,
         limit_eval=limit_eval, label_style=label_style, prefix=prefix,
     )  # fmt: skip
     return TaskData(
@@ -42,9 +54,9 @@ def load_task(
     )
 
 
-def load_tasks(names: Sequence[str], *where: Any, **options: Any) -> dict[str, TaskData]:
+def load_tasks(tasks: Sequence[str | Task], *where: Any, **options: Any) -> dict[str, TaskData]:
     """Several, by name; further arguments as in `load_task`."""
-    return {name: load_task(name, *where, **options) for name in names}
+    return {get_task(task).name: load_task(task, *where, **options) for task in tasks}
 
 
 def require_different(**lists: Sequence[Any]) -> None:

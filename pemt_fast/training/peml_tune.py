@@ -22,7 +22,8 @@ import transformers
 from transformers import TrainerCallback, set_seed
 
 from pemt_fast.attach import get_model
-from pemt_fast.data import LabelStyle, Prefix, get_task
+from pemt_fast.data import LabelStyle, Prefix, Task, get_task
+from pemt_fast.data.rows import Sources
 from pemt_fast.data.style import require_style
 from pemt_fast.methods.peml import PemlConfig
 from pemt_fast.training.fit import environment, generation_length, write_json
@@ -54,10 +55,11 @@ class PemlTuneRequest:
 
     Attributes:
         model: Directory or hub name of a T5.
-        tasks: Tasks that are trained together.
+        tasks: Tasks that are trained together, names or `Task` objects.
         space: What is tried; of its values `r` sets α = r as well.
         trials: Complete and pruned ones.
-        data_dir: Folder of JSONL data sets; None: the hub.
+        data_dir: Folder of JSONL data sets; a mapping from a task's name to its own folder or to
+            its rows by split (see `load_rows`); None: the hub.
         target_modules: As in `LinearConfig`.
         temperature: Of the task sampling.
         options: Optimisation; the learning rate is the space's.
@@ -70,10 +72,10 @@ class PemlTuneRequest:
     """
 
     model: str
-    tasks: Sequence[str]
+    tasks: Sequence[str | Task]
     space: HyperSpace = field(default_factory=HyperSpace)
     trials: int = 20
-    data_dir: str | Path | None = None
+    data_dir: Sources = None
     target_modules: str | Sequence[str] | None = None
     temperature: float = 2.0
     options: TrainOptions = field(default_factory=TrainOptions)
@@ -106,11 +108,11 @@ def tune_peml(
         RuntimeError: no trial was complete.
     """
     require_style(request.label_style, request.prefix)
-    require_different(tasks=request.tasks, seeds=request.seeds)
     names = [get_task(name).name for name in request.tasks]
+    require_different(tasks=names, seeds=request.seeds)
     make, tokenizer = load_backbone(request.model)
     tasks = load_tasks(
-        names, request.data_dir, seed=request.data_seed, limit_train=request.limit_train,
+        request.tasks, request.data_dir, seed=request.data_seed, limit_train=request.limit_train,
         limit_eval=request.limit_eval, label_style=request.label_style,
     )  # fmt: skip
     trials = _Trials(Backbone(make, tokenizer, request.model), tasks, request)
@@ -133,7 +135,8 @@ def tune_peml(
 
 def _claim(folder: Path, request: PemlTuneRequest, names: Sequence[str]) -> None:
     """Say what the study in a folder is of: scores of anything else may not join it."""
-    lengths = {n: request.options.max_source_length or get_task(n).max_source_length for n in names}
+    known = [get_task(task) for task in request.tasks]
+    lengths = {t.name: request.options.max_source_length or t.max_source_length for t in known}
     options = asdict(request.options) | {"max_source_length": common(lengths)}
     for changing in ("progress", "workers", "learning_rate", "seed"):
         del options[changing]

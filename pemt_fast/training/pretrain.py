@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pemt_fast.data.rows import Sources
 from pemt_fast.data.span_corruption import (
     SENTINELS,
     TaskBatches,
@@ -30,6 +31,7 @@ from pemt_fast.data.span_corruption import (
     train_tokenizer,
 )
 from pemt_fast.data.tasks import get_task
+from pemt_fast.data.template import Task
 from pemt_fast.data.tokenization import tokenize
 from pemt_fast.training.pretrain_files import (
     CHECKPOINT_FILE,
@@ -56,8 +58,8 @@ def pretrain(
     output_dir: str | os.PathLike[str],
     config: PretrainConfig | None = None,
     *,
-    tasks: Iterable[str] = (),
-    data_dir: str | os.PathLike[str] | None = None,
+    tasks: str | Task | Iterable[str | Task] = (),
+    data_dir: Sources = None,
     progress: bool = True,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -76,8 +78,9 @@ def pretrain(
         output_dir: new, empty, or with an unfinished or finished pretraining. A finished one of
             the same settings is left as it is; one of other settings is replaced at the end.
         config: settings, None for the defaults.
-        tasks: names of tasks in `pemt_fast.data.tasks`.
-        data_dir: folder of the tasks' rows, as in `load_rows`; None asks the hub.
+        tasks: names of tasks in `pemt_fast.data.tasks`, or `Task` objects.
+        data_dir: folder of the tasks' rows, as in `load_rows`; or a mapping from a task's name to
+            its own folder or its rows by split; None asks the hub.
         progress: show progress bars.
         device: "cpu", "cuda", …; None takes the GPU where there is one.
 
@@ -96,13 +99,12 @@ def pretrain(
     """
     config = config or PretrainConfig()
     paths = [text_files] if isinstance(text_files, str | os.PathLike) else list(text_files)
-    names = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
-    for name in names:
-        get_task(name)
+    chosen = [tasks] if isinstance(tasks, str | Task) else list(dict.fromkeys(tasks))
+    names = [get_task(task).name for task in chosen]
     folder = Path(output_dir).resolve()
     finished = find_finished(folder)
     texts = read_texts([Path(path) for path in paths])
-    examples = [example for name in names for example in load_task(name, data_dir)]
+    examples = [example for task in chosen for example in load_task(task, data_dir)]
 
     settings: dict[str, Any] = {
         "config": asdict(config),

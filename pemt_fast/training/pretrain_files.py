@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pemt_fast.checkpoint import replace_file
 from pemt_fast.data.load import load_splits
+from pemt_fast.data.rows import Sources, source_of
 from pemt_fast.data.span_corruption import train_tokenizer
-from pemt_fast.data.template import Example
+from pemt_fast.data.tasks import get_task
+from pemt_fast.data.template import Example, Task
 from pemt_fast.training.pretrain_run import PretrainConfig
 
 if TYPE_CHECKING:
@@ -50,10 +51,11 @@ def read_texts(paths: list[Path]) -> list[str]:
     return texts
 
 
-def load_task(name: str, data_dir: str | os.PathLike[str] | None) -> list[Example]:
+def load_task(task: str | Task, data_dir: Sources) -> list[Example]:
     """Training rows of a task, its name in front of each source."""
-    folder = None if data_dir is None else Path(data_dir)
-    return load_splits(name, folder, limit_train=TASK_LIMIT, prefix="colon").train
+    task = get_task(task)
+    place = source_of(data_dir, task)
+    return load_splits(task, place, limit_train=TASK_LIMIT, prefix="colon").train
 
 
 def digest(texts: list[str], examples: list[Example]) -> str:

@@ -17,7 +17,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokeniz
 
 from pemt_fast.attach import load
 from pemt_fast.checkpoint import replace_file
-from pemt_fast.data import LabelStyle, Prefix, get_task, load_splits, tokenize
+from pemt_fast.data import LabelStyle, Prefix, Task, get_task, load_splits, tokenize
+from pemt_fast.data.rows import Sources, source_of
 from pemt_fast.methods.pemt_config import PemtConfig
 from pemt_fast.t5 import T5Model, max_positions
 from pemt_fast.training import multi_task_data
@@ -49,9 +50,10 @@ class TrainRequest:
 
     Attributes:
         model: Directory or hub name of a T5.
-        sources: Source tasks.
+        sources: Source tasks, names or `Task` objects.
         targets: Target tasks; empty for stage 1 only.
-        data_dir: Folder of JSONL data sets; None: the hub.
+        data_dir: Folder of JSONL data sets; a mapping from a task's name to its own folder or to
+            its rows by split (see `load_rows`); None: the hub.
         few_shot: Target examples per class; None: the whole training part.
         baseline: Also train a single adapter and score the plain T5.
         source_kind: See `PemtConfig`.
@@ -69,9 +71,9 @@ class TrainRequest:
     """
 
     model: str
-    sources: Sequence[str]
-    targets: Sequence[str] = ()
-    data_dir: str | Path | None = None
+    sources: Sequence[str | Task]
+    targets: Sequence[str | Task] = ()
+    data_dir: Sources = None
     few_shot: int | None = None
     baseline: bool = False
     source_kind: str = "lora"
@@ -106,7 +108,7 @@ def load_backbone(name: str) -> tuple[Callable[[], T5Model], PreTrainedTokenizer
 
 
 def load_task(
-    name: str, request: TrainRequest, *, few_shot: int | None, limit_train: int | None
+    name: str | Task, request: TrainRequest, *, few_shot: int | None, limit_train: int | None
 ) -> TaskData:
     """Examples of a known task."""
     return multi_task_data.load_task(
@@ -167,17 +169,17 @@ def run_training(
         report: Called with a line per run.
     """
     folder = Path(directory)
-    names = [get_task(n).name for n in (*request.sources, *request.targets)]
+    chosen = [[get_task(n) for n in names] for names in (request.sources, request.targets)]
     if not request.sources:
         raise ValueError("sources must name at least one task, got none")
     make, tokenizer = load_backbone(request.model)
     sources = {
-        n: load_task(n, request, few_shot=None, limit_train=request.limit_train)
-        for n in names[: len(request.sources)]
+        t.name: load_task(t, request, few_shot=None, limit_train=request.limit_train)
+        for t in chosen[0]
     }
     targets = {
-        n: load_task(n, request, few_shot=request.few_shot, limit_train=None)
-        for n in names[len(request.sources) :]
+        t.name: load_task(t, request, few_shot=request.few_shot, limit_train=None)
+        for t in chosen[1]
     }
     _check(request, sources, targets, tokenizer, make())
     backbone = Backbone(make, tokenizer, request.model)
@@ -251,8 +253,8 @@ def markdown(summary: dict) -> str:
 def evaluate_adapters(
     model: str,
     adapters: str | os.PathLike[str],
-    task_name: str,
-    data_dir: str | Path | None,
+    task_name: str | Task,
+    data_dir: Sources,
     *,
     limit: int | None = None,
     batch_size: int = 64,
@@ -262,6 +264,7 @@ def evaluate_adapters(
 ) -> dict[str, float]:
     """Scores of saved adapters on the test part of a task.
 
+    `data_dir` is as in `TrainRequest`, `task_name` may be a `Task` object.
     `label_style` and `prefix` are those of the adapters' run unless given; adapters without
     `results.json` are taken to have been trained with the default of `TrainRequest`.
     """
@@ -270,7 +273,7 @@ def evaluate_adapters(
     label_style, prefix = label_style or recorded[0], prefix or recorded[1]
     logger.info("%s: label style %r, prefix %r", task.name, label_style, prefix)
     splits = load_splits(
-        task, data_dir, limit_eval=limit, label_style=label_style, prefix=prefix
+        task, source_of(data_dir, task), limit_eval=limit, label_style=label_style, prefix=prefix
     )  # fmt: skip
     make, tokenizer = load_backbone(model)
     length = max_source_length or task.max_source_length
