@@ -1,7 +1,8 @@
 """Every task's text, written by hand from the published conventions, beside a made-up row.
 
 Nothing here was produced by running the code. The rows have all columns of the hub's schema. A
-case is (row, source, target as name, target as index); `REFERENCES` has the further answers.
+case is (row, source, target as name, target as index); `REFERENCES` has the further answers. No
+convention is published for options with letters: theirs is that of `multiple_choice.py`.
 """
 
 import pytest
@@ -269,6 +270,59 @@ GOLDEN = {
          "sentence: Bo beat Ann, so _ sang. option1: Bo option2: Ann", "Bo", "0"),
         ({"sentence": "Bo beat Ann, so _ wept.", "option1": "Bo", "option2": "Ann", "answer": "2"},
          "sentence: Bo beat Ann, so _ wept. option1: Bo option2: Ann", "Ann", "1"),
+    ],
+    # --- options with letters: the text of the right one, or its letter
+    "piqa": [
+        # Whole solutions: an earlier template took the first character of each.
+        ({"goal": "Dry a wet book.", "sol1": "Stand it open.", "sol2": "Boil it.", "label": 0},
+         "question: Dry a wet book. A: Stand it open. B: Boil it.", "Stand it open.", "A"),
+        ({"goal": "Cut bread", "sol1": "Use a spoon", "sol2": "Use a knife", "label": 1},
+         "question: Cut bread A: Use a spoon B: Use a knife", "Use a knife", "B"),
+    ],
+    # The label is a text that counts from one.
+    "siqa": [
+        ({"context": "Bo helped Ann.", "question": "How is Ann?", "answerA": "cross",
+          "answerB": "grateful", "answerC": "asleep", "label": "2"},
+         "context: Bo helped Ann. question: How is Ann? A: cross B: grateful C: asleep",
+         "grateful", "B"),
+        ({"context": "Bo ran.", "question": "Why?", "answerA": "a", "answerB": "b",
+          "answerC": "to win", "label": "3"},
+         "context: Bo ran. question: Why? A: a B: b C: to win", "to win", "C"),
+    ],
+    # The label is a text that counts from zero.
+    "hellaswag": [
+        ({"ind": 4, "activity_label": "Baking", "ctx_a": "Bo mixes flour.", "ctx_b": "he",
+          "ctx": "Bo mixes flour. he", "endings": ["sings.", "adds eggs.", "swims.", "flies."],
+          "source_id": "x~v_1", "split": "train", "split_type": "indomain", "label": "1"},
+         "context: Bo mixes flour. he A: sings. B: adds eggs. C: swims. D: flies.",
+         "adds eggs.", "B"),
+    ],
+    "arc_easy": [
+        ({"id": "q1", "question": "What melts?", "answerKey": "C",
+          "choices": {"text": ["rock", "sand", "ice", "air"], "label": ["A", "B", "C", "D"]}},
+         "question: What melts? A: rock B: sand C: ice D: air", "ice", "C"),
+        # Some rows count with digits: the source shows letters all the same.
+        ({"id": "q2", "question": "What melts?", "answerKey": "2",
+          "choices": {"text": ["rock", "ice", "sand"], "label": ["1", "2", "3"]}},
+         "question: What melts? A: rock B: ice C: sand", "ice", "B"),
+    ],
+    "arc_challenge": [
+        ({"id": "q1", "question": "Which?", "answerKey": "E",
+          "choices": {"text": ["a", "b", "c", "d", "all"], "label": ["A", "B", "C", "D", "E"]}},
+         "question: Which? A: a B: b C: c D: d E: all", "all", "E"),
+    ],
+    "openbookqa": [
+        ({"id": "q1", "question_stem": "The sun is", "answerKey": "A",
+          "choices": {"text": ["hot", "wet", "new", "near"], "label": ["A", "B", "C", "D"]}},
+         "question: The sun is A: hot B: wet C: new D: near", "hot", "A"),
+    ],
+    # The hub's number stands for a letter; the subject is not shown.
+    "mmlu": [
+        ({"question": "What is 2 + 3?", "subject": "elementary_mathematics",
+          "choices": ["4", "5", "6", "7"], "answer": 1},
+         "question: What is 2 + 3? A: 4 B: 5 C: 6 D: 7", "5", "B"),
+        ({"question": "Who?", "subject": "", "choices": ["A", "B", "both", "none"], "answer": 0},
+         "question: Who? A: A B: B C: both D: none", "A", "A"),
     ],
 }  # fmt: skip
 

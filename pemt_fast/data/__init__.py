@@ -10,11 +10,12 @@ it is called.
 from pemt_fast.data.load import Source, Splits, available_splits, load_rows, load_splits
 from pemt_fast.data.style import LabelStyle, Prefix, with_prefix
 from pemt_fast.data.synthetic import SYNTHETIC_TASKS, make_examples, synthetic_tokenizer
-from pemt_fast.data.tasks import SOURCE_TASKS, TARGET_TASKS, TASKS, get_task
+from pemt_fast.data.tasks import COMMONSENSE_TASKS, SOURCE_TASKS, TARGET_TASKS, TASKS, get_task
 from pemt_fast.data.template import Example, Task
 from pemt_fast.data.tokenization import tokenize
 
 __all__ = [
+    "COMMONSENSE_TASKS",
     "SOURCE_TASKS",
     "SYNTHETIC_TASKS",
     "TARGET_TASKS",

@@ -7,7 +7,8 @@ rule is in `Task.split_rule`; all cuts use a `torch.randperm` seeded with 42 unl
 * small: the original validation part is cut in half, first half validation, second half test;
 * large: 1000 training rows (at most a tenth of a small folder) become validation, the original
   validation part, or the official test part where `Task.test_splits` names one, becomes the test;
-* mnli: mismatched is validation, matched is test; official: parts are taken as they come.
+* mnli: mismatched is validation, matched is test; official: parts are taken as they come;
+* single: of the only part a tenth becomes validation and a tenth test.
 
 A local folder is treated exactly like the hub: a ``test.jsonl`` that the rule does not name is left
 alone, so a score means the same wherever the rows came from.
@@ -109,7 +110,9 @@ def load_splits(
 
 def _cut(task: Task, data_dir: Source, seed: int) -> tuple[_Part, _Part, _Part]:
     """Apply the split rule; train, validation, test."""
-    train = _whole(task, data_dir, "train")
+    train = _whole(task, data_dir, task.train_split)
+    if task.split_rule == "single":
+        return _cut_single(task, train, seed)
     if task.split_rule == "mnli":
         held_out = _whole(task, data_dir, "validation_mismatched")
         return train, held_out, _whole(task, data_dir, "validation_matched")
@@ -132,10 +135,24 @@ def _cut(task: Task, data_dir: Source, seed: int) -> tuple[_Part, _Part, _Part]:
     test_split = next((s for s in task.test_splits if s in present), task.test_splits[0])
     logger.info("task %s: test part is the original split %r", task.name, test_split)
     return (
-        _Part("train", train.rows, order[held:][: task.train_cap]),
-        _Part("train", train.rows, order[:held]),
+        _Part(train.split, train.rows, order[held:][: task.train_cap]),
+        _Part(train.split, train.rows, order[:held]),
         _whole(task, data_dir, test_split),
     )
+
+
+def _cut_single(task: Task, train: _Part, seed: int) -> tuple[_Part, _Part, _Part]:
+    """A tenth each for validation and test, at least one row."""
+    if len(train.rows) < 3:
+        raise ValueError(
+            f"task {task.name!r}: split {train.split!r} must have at least 3 rows to be cut into "
+            f"three parts, got {len(train.rows)}"
+        )
+    held = max(1, len(train.rows) // 10)
+    order = _permutation(len(train.rows), seed)
+    cuts = (order[2 * held :][: task.train_cap], order[:held], order[held : 2 * held])
+    first, second, third = (_Part(train.split, train.rows, cut) for cut in cuts)
+    return first, second, third
 
 
 def _whole(task: Task, data_dir: Source, split: str) -> _Part:

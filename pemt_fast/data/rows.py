@@ -109,13 +109,13 @@ def _find_folder(task: Task, data_dir: str | os.PathLike[str]) -> Path:
     for name in (task.folder, task.name):
         if (root / name).is_dir():
             return root / name
-    if (root / "train.jsonl").is_file():
+    if (root / f"{task.train_split}.jsonl").is_file():
         return root
     entries = sorted(path.name for path in root.iterdir())
     found = ", ".join(entries[:20]) + (", ..." if len(entries) > 20 else "")
     raise FileNotFoundError(
         f"no data of task {task.name!r} in {str(root)!r}: expected a folder {task.folder!r} or "
-        f"{task.name!r}, or train.jsonl itself; found: {found or 'nothing'}"
+        f"{task.name!r}, or {task.train_split}.jsonl itself; found: {found or 'nothing'}"
     )
 
 
@@ -151,7 +151,7 @@ def _load_from_hub(task: Task) -> DatasetDict:
     if task.dataset is None:
         raise FileNotFoundError(
             f"task {task.name!r} has no data set on the hub in the columns it needs; pass data_dir "
-            f"with {task.folder}/train.jsonl"
+            f"with {task.folder}/{task.train_split}.jsonl"
         )
     try:
         from datasets import load_dataset
@@ -164,5 +164,5 @@ def _load_from_hub(task: Task) -> DatasetDict:
     except (ConnectionError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"cannot load data set {task.dataset!r} (configuration {task.config!r}) from the hub: "
-            f"{error}; for offline use pass data_dir with {task.folder}/train.jsonl"
+            f"{error}; for offline use pass data_dir with {task.folder}/{task.train_split}.jsonl"
         ) from error

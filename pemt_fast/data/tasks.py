@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data sets of the PEMT experiments as table entries: 6 source tasks and 17 targets, and more.
 
-`SOURCE_TASKS` and `TARGET_TASKS` list the two roles, `TASKS` holds every entry and `get_task`
-finds one by its name or by the name the authors' scripts use (``superglue-cb``). Label texts are
-the hub's class names in the hub's order (CB's order is not MNLI's); Yelp and PAWS keep digits.
+`SOURCE_TASKS` and `TARGET_TASKS` list the two roles, `COMMONSENSE_TASKS` the eight sets that
+multi-task methods train together, `TASKS` holds every entry and `get_task` finds one by its name or
+by the name the authors' scripts use (``superglue-cb``). Label texts are the hub's class names in
+the hub's order (CB's order is not MNLI's); Yelp and PAWS keep digits.
 
 Metrics follow the benchmarks' own habit: MRPC and QQP report accuracy and F1, CB accuracy and macro
 F1. The published runs computed accuracy alone for these three; ask `compute` for that by name.
@@ -26,7 +27,16 @@ from pemt_fast.data.super_glue import SUPER_GLUE
 from pemt_fast.data.template import Example, Task
 from pemt_fast.data.text_classification import TEXT_CLASSIFICATION
 
-__all__ = ["ALIASES", "SOURCE_TASKS", "TARGET_TASKS", "TASKS", "Example", "Task", "get_task"]
+__all__ = [
+    "ALIASES",
+    "COMMONSENSE_TASKS",
+    "SOURCE_TASKS",
+    "TARGET_TASKS",
+    "TASKS",
+    "Example",
+    "Task",
+    "get_task",
+]
 
 SOURCE_TASKS = ("mnli", "qnli", "qqp", "sst2", "squad", "record")
 TARGET_TASKS = (
@@ -34,6 +44,10 @@ TARGET_TASKS = (
     *("cb", "wsc", "wic", "boolq", "multirc"),
     *("nq", "hotpotqa", "newsqa", "searchqa"),
     *("paws", "scitail", "winogrande", "yelp_polarity"),
+)
+COMMONSENSE_TASKS = (
+    *("boolq", "piqa", "siqa", "hellaswag"),
+    *("winogrande", "arc_easy", "arc_challenge", "openbookqa"),
 )
 
 TASKS: dict[str, Task] = {
@@ -62,6 +76,11 @@ ALIASES: dict[str, str] = {
     "sts-b": "stsb",
     "natural_questions": "nq",
     "yelp": "yelp_polarity",
+    "social_i_qa": "siqa",
+    "social_iqa": "siqa",
+    "arc-easy": "arc_easy",
+    "arc-challenge": "arc_challenge",
+    "mr": "rotten_tomatoes",
 }
 
 

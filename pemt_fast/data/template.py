@@ -14,23 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from string import ascii_uppercase
 from typing import Literal, get_args
 
+from pemt_fast.data.answers import (
+    HIDDEN_LABEL,
+    answers_of,
+    label_index,
+    lettered,
+    options_of,
+    score_of,
+    text_of,
+)
 from pemt_fast.data.style import LabelStyle, Prefix, require_style, with_prefix
 
 Row = Mapping[str, object]
 Kind = Literal["classification", "regression", "qa"]
-SplitRule = Literal["small", "large", "mnli", "official"]
+SplitRule = Literal["small", "large", "mnli", "official", "single"]
 
 # Tokens of a source in the published scripts, but for MultiRC and question answering.
 MAX_SOURCE_LENGTH = 256
-
-# The hub marks rows whose label is withheld, or where annotators did not agree, with this number.
-HIDDEN_LABEL = -1
-_HIDDEN_MESSAGE = (
-    "task {!r}: this row has {}, as in the test parts whose answers the hub withholds; "
-    "use a split with labels"
-)
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,23 @@ class Task:
         dataset: hub id of the data set, in a form that needs no loading script; None where the hub
             has none in these columns: local files are needed.
         folder: name of the local folder with ``train.jsonl`` and so on.
-        source_fields: (marker, column) pairs in the order they are written.
+        source_fields: (marker, column) pairs in the order they are written; an empty marker is
+            left out with its colon.
         config: configuration on the hub, or None.
         metrics: names understood by `pemt_fast.training.metrics.compute`.
         labels: label texts in the hub's label order, None for scores and free text.
         label_column: column with the label, score, answers or option number.
         kind: "classification", "regression" or "qa".
         split_rule: how validation and test are made, see `load.py`.
+        train_split: name of the original split that is trained on.
         test_splits: names of the original split used as test, the first that exists is taken.
         train_cap: upper limit of training rows, None for all.
-        option_columns: the target is the text of one of these columns (WinoGrande).
+        option_columns: the target is one of several options: one in each of these columns, or all
+            in the only one, see `answers.options_of`.
+        option_keys: what the label column calls the options, in their order; where a row says so
+            itself, what it usually calls them.
+        lettered: write the options behind the source as ``A: ... B: ...``, for the columns that
+            are not among `source_fields`; "index" then writes the letter.
         extra_columns: columns that only `prepare` reads.
         group_keys: keys inside the ``idx`` column that identify a group of rows.
         drop_unlabelled: leave out rows with the hidden label instead of refusing them.
@@ -94,9 +104,12 @@ class Task:
     label_column: str = "label"
     kind: Kind = "classification"
     split_rule: SplitRule = "small"
+    train_split: str = "train"
     test_splits: tuple[str, ...] = ("validation",)
     train_cap: int | None = None
     option_columns: tuple[str, ...] = ()
+    option_keys: tuple[str, ...] = ()
+    lettered: bool = False
     extra_columns: tuple[str, ...] = ()
     group_keys: tuple[str, ...] = ()
     drop_unlabelled: bool = False
@@ -119,6 +132,12 @@ class Task:
             raise ValueError(f"task {self.name!r}: classification needs labels or option_columns")
         if len(set(self.labels or ())) != len(self.labels or ()):
             raise ValueError(f"task {self.name!r}: labels must all differ, got {self.labels}")
+        columns, keys = len(self.option_columns), len(self.option_keys)
+        if (columns > 1 and columns != keys) or (columns == 1 and not keys) or keys > 26:
+            raise ValueError(
+                f"task {self.name!r}: option_keys must name the options of "
+                f"{self.option_columns}, at most 26, got {self.option_keys}"
+            )
 
     def format(
         self, row: Row, label_style: LabelStyle = "name", prefix: Prefix = "none"
@@ -127,8 +146,8 @@ class Task:
 
         Args:
             row: mapping from column to value, as the hub or a JSON line gives it.
-            label_style: "name" writes class names, "index" writes class numbers. Scores and free
-                answers are the same in both.
+            label_style: "name" writes class names and texts of options, "index" writes class
+                numbers and letters of options. Scores and free answers are the same in both.
             prefix: puts the task's name in front of the source, see `style.py`.
 
         Returns:
@@ -142,7 +161,10 @@ class Task:
         self._require_columns(row)
         if self.prepare is not None:
             row = self.prepare(row)
-        source = " ".join(f"{marker}: {self._text(row, col)}" for marker, col in self.source_fields)
+        texts = ((marker, text_of(self, row, column)) for marker, column in self.source_fields)
+        source = " ".join(f"{marker}: {text}" if marker else text for marker, text in texts)
+        if self.lettered:
+            source = f"{source} {lettered(options_of(self, row))}"
         references = self._references(row, label_style)
         return Example(
             source=with_prefix(source, self.name, prefix),
@@ -150,7 +172,9 @@ class Task:
             references=references,
             group=self._group(row),
             task=self.name,
-            is_label=self.labels is not None or self.kind == "regression",
+            is_label=self.labels is not None
+            or self.kind == "regression"
+            or (self.lettered and label_style == "index"),
         )
 
     def format_for_training(
@@ -163,14 +187,24 @@ class Task:
         return [replace(example, target=answer) for answer in dict.fromkeys(example.references)]
 
     def class_of(self, row: Row) -> str | None:
-        """Name the class of a row for drawing k rows per class; None where there are no classes."""
+        """Name the class of a row for drawing k rows per class; None where there are no classes.
+
+        Of lettered options the letter is the class; a row with more of them than usual, whose
+        answer is one of the surplus, has none.
+        """
         if self.kind != "classification":
             return None
         self._require_columns(row)
-        return self.label_texts("name")[self._label_index(row)]
+        names, index = self.label_texts("name"), label_index(self, row)
+        return names[index] if index < len(names) else None
 
     def label_texts(self, label_style: LabelStyle = "name") -> tuple[str, ...]:
-        """Return the target texts in label order, empty for scores and free answers."""
+        """Return the classes in label order, empty for scores and free answers.
+
+        They are the target texts but for options: their names are those of the columns, or letters.
+        """
+        if self.lettered:
+            return tuple(ascii_uppercase[: len(self.option_keys)])
         names = self.labels or self.option_columns
         return names if label_style == "name" else tuple(str(i) for i in range(len(names)))
 
@@ -181,21 +215,13 @@ class Task:
     def _require_columns(self, row: Row) -> None:
         shown = tuple(column for _, column in self.source_fields)
         group = ("idx",) if self.group_keys else ()
-        for column in (*shown, *self.extra_columns, *group, self.label_column):
+        needed = (*shown, *self.option_columns, *self.extra_columns, *group, self.label_column)
+        for column in needed:
             if column not in row:
                 present = ", ".join(sorted(row)) or "none"
                 raise ValueError(
                     f"task {self.name!r} needs the column {column!r}; columns present: {present}"
                 )
-
-    def _text(self, row: Row, column: str) -> str:
-        value = row[column]
-        if not isinstance(value, str):
-            raise ValueError(
-                f"task {self.name!r}: column {column!r} must be text, "
-                f"got {type(value).__name__} {value!r}"
-            )
-        return value.strip()
 
     def _group(self, row: Row) -> str | None:
         if not self.group_keys:
@@ -210,61 +236,15 @@ class Task:
 
     def _references(self, row: Row, label_style: LabelStyle) -> tuple[str, ...]:
         if self.kind == "qa":
-            return self._answers(row)
+            return answers_of(self, row)
         if self.kind == "regression":
-            return (self._score(row),)
-        index = self._label_index(row)
+            return (score_of(self, row),)
+        index = label_index(self, row)
         if self.option_columns and label_style == "name":
-            return (self._text(row, self.option_columns[index]),)
+            return (options_of(self, row)[index][1],)
+        if self.lettered:
+            return (ascii_uppercase[index],)
         return (self.label_texts(label_style)[index],)
-
-    def _label_index(self, row: Row) -> int:
-        value = row[self.label_column]
-        if value == HIDDEN_LABEL or value == str(HIDDEN_LABEL) or value == "":
-            raise ValueError(_HIDDEN_MESSAGE.format(self.name, f"a hidden label ({value!r})"))
-        if self.option_columns:
-            known = tuple(str(i + 1) for i in range(len(self.option_columns)))
-            value = str(value) if isinstance(value, int) else value
-        else:
-            known = self.labels or ()
-        if isinstance(value, bool) and known == ("False", "True"):
-            value = str(value)
-        if isinstance(value, str) and value in known:
-            return known.index(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(known):
-            return value
-        listed = ", ".join(f"{i} {text}" for i, text in enumerate(known))
-        raise ValueError(
-            f"task {self.name!r}: unknown label {value!r} in column {self.label_column!r}; "
-            f"known labels: {listed}"
-        )
-
-    def _score(self, row: Row) -> str:
-        value = row[self.label_column]
-        if value == HIDDEN_LABEL:
-            raise ValueError(_HIDDEN_MESSAGE.format(self.name, f"a hidden label ({value!r})"))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 5:
-            raise ValueError(
-                f"task {self.name!r}: column {self.label_column!r} must be a score from 0 to 5, "
-                f"got {value!r}"
-            )
-        # Scaling first rounds ties the way numpy does, hence as in the published targets.
-        return str(round(value * 10) / 10)
-
-    def _answers(self, row: Row) -> tuple[str, ...]:
-        answers = row[self.label_column]
-        if isinstance(answers, Mapping):
-            answers = answers.get("text")
-        if not isinstance(answers, list | tuple) or not all(isinstance(a, str) for a in answers):
-            raise ValueError(
-                f"task {self.name!r}: column {self.label_column!r} must be a list of texts or a "
-                f"mapping with the list under 'text', got {row[self.label_column]!r}"
-            )
-        texts = tuple(answer.strip() for answer in answers if answer.strip())
-        if not texts:
-            nothing = f"no answer in column {self.label_column!r}"
-            raise ValueError(_HIDDEN_MESSAGE.format(self.name, nothing))
-        return texts
 
 
 def benchmark_task(
