@@ -11,7 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from pemt_fast.cli_data import LabelStyleOption, MaxSourceLength, PrefixOption
+from pemt_fast.cli_data import (
+    LabelStyleOption,
+    MaxSourceLength,
+    NaturalInstructions,
+    PositiveExamples,
+    PrefixOption,
+    with_natural_instructions,
+)
 from pemt_fast.console import console, print_table, split_names
 
 _Model = Annotated[str, typer.Option(help="T5 directory or hub name.")]
@@ -68,6 +75,8 @@ def multitask(
     ] = 0.0,
     label_style: LabelStyleOption = "name",
     prefix: PrefixOption = "colon",
+    natural_instructions: NaturalInstructions = None,
+    positive_examples: PositiveExamples = 0,
 ) -> None:
     """Compare C-Poly, PEML, LoRA mixtures and others on several tasks, at equal size."""
     from pemt_fast.training.multi_task import MultiTaskRequest, run_multi_task
@@ -78,8 +87,11 @@ def multitask(
         learning_rate=lr, steps=steps, epochs=1, batch_size=batch_size, bf16=bf16,
         max_source_length=max_source_length, progress=sys.stderr.isatty(),
     )  # fmt: skip
+    chosen, source = with_natural_instructions(
+        split_names(tasks), data, natural_instructions, positive_examples
+    )
     request = MultiTaskRequest(
-        model, split_names(tasks), split_names(methods), data, units, _layers(targets),
+        model, chosen, split_names(methods), source, units, _layers(targets),
         [int(seed) for seed in split_names(seeds)], temperature, options, limit_train, limit_eval,
         data_seed, _settings(settings or []), architecture_share, label_style, prefix,
     )  # fmt: skip

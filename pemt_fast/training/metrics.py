@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pemt_fast.data.synthetic import SYNTHETIC_TASKS, SyntheticTask
 from pemt_fast.data.tasks import get_task
 from pemt_fast.data.template import Example, Task
+from pemt_fast.training.rouge import rouge_1, rouge_l
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -242,6 +243,14 @@ def _squad_f1(scored: _Scored) -> float:
     return _best_over_references(scored, _word_overlap)
 
 
+def _rouge_1(scored: _Scored) -> float:
+    return _best_over_references(scored, rouge_1, normalize=str)
+
+
+def _rouge_l(scored: _Scored) -> float:
+    return _best_over_references(scored, rouge_l, normalize=str)
+
+
 def _word_overlap(guess: str, answer: str) -> float:
     ours, theirs = guess.split(), answer.split()
     if not ours or not theirs:
@@ -251,9 +260,14 @@ def _word_overlap(guess: str, answer: str) -> float:
     return 2 * shared / (len(ours) + len(theirs))
 
 
-def _best_over_references(scored: _Scored, score: Callable[[str, str], float]) -> float:
+def _best_over_references(
+    scored: _Scored,
+    score: Callable[[str, str], float],
+    *,
+    normalize: Callable[[str], str] = normalize_answer,
+) -> float:
     values = [
-        max(score(normalize_answer(prediction), normalize_answer(text)) for text in accepted)
+        max(score(normalize(prediction), normalize(text)) for text in accepted)
         for prediction, accepted in zip(scored.predictions, scored.references, strict=True)
     ]
     return _mean(values)
@@ -274,4 +288,6 @@ METRICS: dict[str, Callable[[_Scored], float]] = {
     "group_em": _group_em,
     "squad_em": _squad_em,
     "squad_f1": _squad_f1,
+    "rouge1": _rouge_1,
+    "rougeL": _rouge_l,
 }
