@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pemt_fast import cli_machine, cli_multi_task
+from pemt_fast import cli_data, cli_machine, cli_multi_task
 from pemt_fast.cli_data import (
     LabelStyleOption,
     MaxSourceLength,
@@ -250,6 +250,7 @@ def pretrain(
     console.print(f"pretrained in {result['seconds']:.0f} s: {out}")
 
 
+cli_data.register(app)
 cli_multi_task.register(app)
 cli_machine.register(app)
 

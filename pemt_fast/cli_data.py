@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands say about data: the options they share, and tasks of NaturalInstructions."""
+"""`pemt-fast tasks`, and what the other commands say about data: the options they share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pemt_fast.console import print_table
 from pemt_fast.data import LabelStyle, Prefix, Task, get_task, load_natural_instructions
 from pemt_fast.data.rows import Sources
 
@@ -43,3 +44,23 @@ def with_natural_instructions(
     found = {task.name: task for task in tasks}
     chosen: list[str | Task] = [found.get(name, name) for name in names]
     return chosen, {get_task(task).name: data for task in chosen} | rows
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(tasks)
+
+
+def tasks(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/data.md has it.")] = False,
+) -> None:
+    """List the known tasks; with --markdown also data sets, texts, splits and published sizes."""
+    from pemt_fast.training.task_table import COLUMNS, markdown_table, task_rows
+
+    if markdown:
+        typer.echo(markdown_table(), nl=False)
+    else:
+        # A terminal has no room for the others.
+        shown = [COLUMNS.index(name) for name in ("task", "role", "targets", "metrics", "tokens")]
+        rows = [[row[i] for i in shown] for row in task_rows()]
+        print_table("tasks", [COLUMNS[i] for i in shown], rows)

@@ -16,7 +16,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     console.print(title, style="bold", soft_wrap=True)
     table = Table()
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         table.add_row(*(f"{v:.1f}" if isinstance(v, float) else str(v) for v in row))
     console.print(table)

@@ -27,7 +27,7 @@ PACKAGE = "pemt_fast"
 # What each part may import; it may also import whatever those parts may.
 ARROWS = {
     "cli": {"training", "cli_data", "cli_machine", "cli_multi_task"},
-    "cli_data": {"console", "data"},
+    "cli_data": {"console", "data", "training"},
     "cli_multi_task": {"cli_data", "console", "training"},
     "cli_machine": {"console", "doctor", "tuning", "training", "variables"},
     "doctor": {"testing"},
