@@ -186,3 +186,34 @@ def test_aliases_of_a_source_count_as_the_source(folder, tmp_path):
     # Options of targets would be refused: no label fits into one token.
     assert list(run_training(request, tmp_path)["sources"]) == ["sst2"]
     assert TASKS["sst2"] is get_task("sst-2")
+
+
+def test_a_directory_is_of_its_data(folder, tmp_path):
+    options = TrainOptions(steps=1, batch_size=4, epochs=1, progress=False)
+    single = TrainRequest(str(folder / "t5"), [MINE], data_dir={"mine": OWN}, source_rank=4,
+                          source_options=options)  # fmt: skip
+    several = MultiTaskRequest(str(folder / "t5"), [MINE], ["lora"], {"mine": OWN}, 4, seeds=[1],
+                               options=options)  # fmt: skip
+    # As many rows, one of them with another label; of the test part alone, too.
+    for split in ("train", "test"):
+        rows = [*OWN[split][:-1], {**OWN[split][-1], "mood": 0}]
+        other = {"mine": {**OWN, split: rows}}
+        for run, request in ((run_training, single), (run_multi_task, several)):
+            place = tmp_path / run.__name__
+            run(request, place)
+            with pytest.raises(ValueError, match="holds a finished run with other settings"):
+                run(replace(request, data_dir=other), place)
+
+
+def test_the_digest_is_of_every_text():
+    whole = load_splits(MINE, OWN)
+    assert whole.digest() == load_splits(MINE, OWN).digest()
+    changed = [
+        load_splits(MINE, OWN, label_style="index"),
+        load_splits(MINE, OWN, prefix="name"),
+        load_splits(MINE, OWN, limit_eval=2),
+        replace(whole, train=whole.train[::-1]),
+        replace(whole, test=[replace(e, references=("x",)) for e in whole.test]),
+    ]
+    digests = {splits.digest() for splits in (whole, *changed)}
+    assert len(digests) == 6 and all(len(digest) == 16 for digest in digests)

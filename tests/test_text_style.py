@@ -153,7 +153,8 @@ def test_runs_record_their_style_and_refuse_another(
         assert command(folder, tmp_path, *other) == 1
         assert "holds a finished run with other settings" in capsys.readouterr().err
     # Runs of earlier versions say nothing: they are those of the default, and of no other style.
-    del written["request"]["label_style"], written["request"]["prefix"]
+    for key in ("label_style", "prefix", "data"):
+        del written["request"][key]
     results.write_text(json.dumps(written))
     assert command(folder, tmp_path) == 0
     assert "label_style" not in json.loads(results.read_text())["request"]  # was not trained again

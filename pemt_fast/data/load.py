@@ -18,6 +18,8 @@ Next: `rows.py` reads the rows, `template.py` writes the texts, `tokenization.py
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 from collections.abc import Sequence
@@ -42,6 +44,14 @@ class Splits:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+
+    def digest(self) -> str:
+        """A short hash of all texts in their order: another one means other data."""
+        state = hashlib.sha256()
+        for part in (self.train, self.validation, self.test):
+            texts = [(e.source, e.target, e.references, e.group) for e in part]
+            state.update(json.dumps(texts).encode())
+        return state.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -146,12 +146,14 @@ def train_mixture(
         "config": config.to_dict(), "temperature": temperature,
         "options": {k: v for k, v in recorded.items() if k not in ("progress", "workers")},
         "label_style": common({n: t.label_style for n, t in tasks.items()}), "prefix": prefix,
+        "data": {n: t.splits.digest() for n, t in tasks.items()},
     }  # fmt: skip
     if budget is not None:
         request["budget"] = budget
     if architecture_share:
         request["architecture_share"] = architecture_share
-    earlier = {"label_style": "name", "prefix": "colon"}
+    # Earlier versions did not say which data it was: taken to be the same.
+    earlier = {"label_style": "name", "prefix": "colon", "data": request["data"]}
     if (results := finished(folder, request, unrecorded=earlier)) is not None:
         return results
     tokenizer = backbone.tokenizer

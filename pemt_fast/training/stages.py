@@ -87,10 +87,12 @@ def _run(
         "config": config.to_dict(),
         "options": {k: v for k, v in asdict(options).items() if k not in ("progress", "workers")},
         "examples": len(task.splits.train),
+        "data": task.splits.digest(),
         "label_style": task.label_style,
         "prefix": task.prefix,
     }
-    earlier = {"label_style": "name", "prefix": "none"}
+    # Earlier versions did not say which data it was: taken to be the same.
+    earlier = {"label_style": "name", "prefix": "none", "data": request["data"]}
     if (results := finished(directory, request, unrecorded=earlier)) is not None:
         return results
     set_seed(options.seed)
