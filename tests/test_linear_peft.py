@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from linear_models import METHODS, MODELS, TASKS, adapted, tiny_inputs, tiny_model
+from safetensors.torch import load_file
+from t5_factory import randomise
 
 import pemt_fast
 from pemt_fast.interop.peft_files import export_peft_lora, load_peft
@@ -141,6 +143,42 @@ def test_poly_of_peft_is_read(method, tmp_path):
     assert again.adapter_config.num_skills == ours.adapter_config.num_skills
 
 
+def test_a_lora_comes_back_bit_by_bit(tmp_path):
+    """From peft, to peft again and back, whatever its rank, alpha and dropout."""
+    theirs = peft.get_peft_model(
+        tiny_model("t5"),
+        peft.LoraConfig(r=3, lora_alpha=7, lora_dropout=0.25, target_modules=["q", "wo"]),
+    )
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    export_peft_lora(load_peft(tiny_model("t5"), tmp_path / "theirs"), tmp_path / "ours")
+    file = "adapter_model.safetensors"
+    first, again = (load_file(tmp_path / name / file) for name in ("theirs", "ours"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    config = load_peft(tiny_model("t5"), tmp_path / "ours").adapter_config
+    assert (config.r, config.alpha, config.dropout) == (3, 7, 0.25)
+    peft.PeftModel.from_pretrained(tiny_model("t5"), tmp_path / "ours")
+
+
+def test_ranks_that_differ_by_layer_are_filled_up(tmp_path):
+    theirs = peft.get_peft_model(
+        tiny_model("t5"),
+        peft.LoraConfig(
+            r=2, lora_alpha=4, target_modules=["q", "wo"], rank_pattern={"wo": 6},
+            alpha_pattern={"wo": 12},
+        ),
+    )  # fmt: skip
+    randomise(theirs)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    ours = load_peft(tiny_model("t5"), tmp_path / "theirs").eval()
+    batch = {"input_ids": torch.tensor([[3, 4, 5]]), "labels": torch.tensor([[6, 7]])}
+    torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits)
+    export_peft_lora(ours, tmp_path / "ours")
+    again = load_peft(tiny_model("t5"), tmp_path / "ours").eval()
+    assert torch.equal(again(**batch).logits, ours(**batch).logits)
+
+
 def test_what_is_no_lora_is_refused(tmp_path):
     ours = adapted("lora")
     export_peft_lora(ours, tmp_path)
@@ -150,7 +188,12 @@ def test_what_is_no_lora_is_refused(tmp_path):
         ({"peft_type": "IA3"}, "peft_type must be LORA or POLY, got 'IA3'"),
         ({"use_dora": True}, "use_dora = True has no counterpart"),
         ({"target_modules": ["k"]}, "does not fit this model"),
-        ({"r": 3}, "must have 96 elements for this model, got 128"),
+        ({"r": 3}, "rank 3 of .* does not fit its tensors, which have 4"),
+        ({"r": None}, "r must be an integer of at least 1, got None"),
+        ({"r": 10**12}, "r = 1000000000000 is no size of the tensors beside it"),
+        ({"lora_alpha": "x"}, "lora_alpha must be a number, got 'x'"),
+        ({"alpha_pattern": {"SelfAttention.q": 1}}, "alpha / rank must be .* is 0.25"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "must map names of layers to numbers"),
     ):
         config.write_text(json.dumps({**good, **changes}))
         plain = tiny_model("t5")

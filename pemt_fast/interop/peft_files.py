@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +28,13 @@ from pemt_fast.interop.linear_tensors import adapter_places, assign
 from pemt_fast.linear_model import LinearAdapterModel
 from pemt_fast.methods.lora import LoraConfig
 from pemt_fast.methods.poly import PolyConfig
-from pemt_fast.safe_files import read_tensors
+from pemt_fast.safe_files import (
+    allocate_at_most,
+    check_sizes,
+    count_elements,
+    read_json,
+    read_tensors,
+)
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "LORA": ("lora_A.weight", "lora_B.weight"),
@@ -36,7 +44,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
 # What changes the arithmetic of a LoRA and has no counterpart here, with the value that means no.
 _REFUSED: dict[str, Any] = {
     "use_dora": False, "use_rslora": False, "bias": "none", "lora_bias": False,
-    "modules_to_save": None, "alpha_pattern": {}, "fan_in_fan_out": False,
+    "modules_to_save": None, "fan_in_fan_out": False,
     "layer_replication": None,
 }  # fmt: skip
 
@@ -58,6 +66,11 @@ def export_peft_lora(
         ValueError: there is no such task, or the method has no adapters on linear layers, or more
             than those.
     """
+    if not isinstance(model, LinearAdapterModel):
+        raise ValueError(
+            "model must have adapters on linear layers alone, got one of "
+            f"{type(getattr(model, 'adapter_config', model)).__name__}"
+        )
     number = model.task_number(task)
     if getattr(model, "prefixes", dict)():
         raise ValueError("model must be a LoRA alone: there is no place for a prefix of keys and "
@@ -65,6 +78,9 @@ def export_peft_lora(
     if not model.adapted_layers():
         method = type(model.adapter_config).__name__
         raise ValueError(f"model must have adapters on linear layers, got one of {method}")
+    lora = model.adapter_config
+    if type(lora) is LoraConfig:  # its subclasses compute something else
+        return _export_as_it_is(model, lora, directory)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in model.adapted_layers().items():
@@ -75,8 +91,7 @@ def export_peft_lora(
         else:  # peft has no LoRA of rank 0
             down, up = down[:1], up[:1]
         dtype = next(p.dtype for n, p in layer.named_parameters() if not n.startswith("base."))
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = down.to(dtype).contiguous().cpu()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = up.t().to(dtype).contiguous().cpu()
+        tensors |= _pair(name, down.to(dtype), up.to(dtype))
         ranks[name] = len(down)
     most = max(ranks.values())
     other = {name: rank for name, rank in ranks.items() if rank != most}
@@ -86,6 +101,28 @@ def export_peft_lora(
         "target_modules": sorted(ranks),
     }  # fmt: skip
     write_peft(model.base_model, config, tensors, directory)
+
+
+def _export_as_it_is(
+    model: LinearAdapterModel, lora: LoraConfig, directory: str | os.PathLike[str]
+) -> None:
+    """A LoRA with its own rank, alpha and dropout: the same bits."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in model.adapted_layers().items():
+        mixture: Any = layer.mixture
+        tensors |= _pair(name, mixture.w_down.detach(), mixture.w_up.detach())
+    config = {
+        "peft_type": "LORA", "r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
+        "bias": "none", "target_modules": sorted(model.adapted_layers()),
+    }  # fmt: skip
+    write_peft(model.base_model, config, tensors, directory)
+
+
+def _pair(layer: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    """Of `down [R, D]` and `up [R, H]`, as peft names and lays them."""
+    values = down.contiguous().cpu(), up.t().contiguous().cpu()
+    names = (f"{_PREFIX}{layer}.{ending}" for ending in _NAMES["LORA"])
+    return dict(zip(names, values, strict=True))
 
 
 def export_peft_poly(model: LinearAdapterModel, directory: str | os.PathLike[str]) -> None:
@@ -152,46 +189,109 @@ def write_peft(
 def load_peft(model: Any, directory: str | os.PathLike[str]) -> LinearAdapterModel:
     """Attach a LoRA or Poly that peft wrote to a freshly loaded model.
 
+    A LoRA whose rank differs by layer becomes one of the largest rank, filled up with zeros: the
+    same outputs; what is filled up does not train.
+
+    Args:
+        model: Any model of transformers with these layers.
+        directory: With `adapter_config.json` and `adapter_model.safetensors`.
+
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: another kind of adapter, an option without counterpart, or tensors that do not
             fit; the message names it, and the model is left as it was.
     """
     folder = Path(directory)
-    path = folder / CONFIG_FILE
+    path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a file written by peft's save_pretrained")
-    saved = json.loads(path.read_text())
-    tensors, _ = read_tensors(folder / WEIGHTS_FILE)
+    saved = read_json(path)
+    tensors, _ = read_tensors(weights)
+    elements = count_elements(tensors.values())
+    check_sizes(saved, elements, path)
     kind = saved.get("peft_type")
     targets = saved.get("target_modules")
     targets = tuple(targets) if isinstance(targets, list) else targets
     if kind == "LORA":
-        config: LoraConfig | PolyConfig = _lora_config(saved, targets, path)
+        config: LoraConfig | PolyConfig = _lora_config(saved, targets, tensors, path)
+        tensors = {name: _filled_up(name, t, config.r) for name, t in tensors.items()}
     elif kind == "POLY":
         config = PolyConfig(
-            saved["n_tasks"], num_skills=saved["n_skills"], num_splits=saved["n_splits"],
-            r=saved["r"], target_modules=targets,
+            _size(saved, "n_tasks", path), num_skills=_size(saved, "n_skills", path),
+            num_splits=_size(saved, "n_splits", path), r=_size(saved, "r", path),
+            target_modules=targets,
         )  # fmt: skip
     else:
         raise ValueError(f"{path}: peft_type must be LORA or POLY, got {kind!r}")
-    adapted = get_model(model, config)
+    with allocate_at_most(elements, count_elements(model.parameters()), path):
+        adapted = get_model(model, config)
     try:
-        places = adapter_places(adapted, _PREFIX, _NAMES[kind])
-        assign(places, tensors, folder / WEIGHTS_FILE)
+        assign(adapter_places(adapted, _PREFIX, _NAMES[kind]), tensors, weights)
     except ValueError:
         adapted.unload()
         raise
     return adapted
 
 
-def _lora_config(saved: dict[str, Any], targets: Any, path: Path) -> LoraConfig:
+def _size(saved: dict[str, Any], name: str, path: Path) -> int:
+    value = saved.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{path}: {name} must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def _lora_config(
+    saved: dict[str, Any], targets: Any, tensors: dict[str, Tensor], path: Path
+) -> LoraConfig:
     for name, default in _REFUSED.items():
         if (saved.get(name) or default) != default:
             raise ValueError(f"{path}: {name} = {saved[name]!r} has no counterpart here")
-    if saved.get("rank_pattern"):
-        raise ValueError(f"{path}: rank_pattern, ranks that differ by layer, has no counterpart")
+    rank, alpha = _size(saved, "r", path), saved.get("lora_alpha")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise ValueError(f"{path}: lora_alpha must be a number, got {alpha!r}")
+    most = rank
+    for name, tensor in tensors.items():
+        if not name.endswith("lora_A.weight") or tensor.dim() != 2:
+            continue
+        layer = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        own = _of_layer(saved.get("rank_pattern"), layer, rank, path)
+        if len(tensor) != own:
+            raise ValueError(
+                f"{path}: rank {own} of {layer} does not fit its tensors, which have {len(tensor)}"
+            )
+        scale = _of_layer(saved.get("alpha_pattern"), layer, alpha, path) / own
+        if scale != alpha / rank:
+            raise ValueError(
+                f"{path}: alpha / rank must be {alpha / rank:g} in all layers, is {scale:g} in "
+                f"{layer}; a scale that differs by layer has no counterpart"
+            )
+        most = max(most, own)
     return LoraConfig(
-        r=saved["r"], alpha=saved["lora_alpha"], dropout=saved.get("lora_dropout") or 0.0,
+        r=most, alpha=alpha * most / rank, dropout=saved.get("lora_dropout") or 0.0,
         target_modules=targets,
     )  # fmt: skip
+
+
+def _of_layer(patterns: Any, layer: str, default: float, path: Path) -> Any:
+    """The value for a layer: the first whose key is the end of its name, as peft looks it up."""
+    for key, value in (patterns or {}).items():
+        # peft takes keys for regular expressions; of a file those are not tried.
+        if not re.fullmatch(r"[\w.]+", key) or not isinstance(value, int | float) or value <= 0:
+            raise ValueError(
+                f"{path}: rank_pattern and alpha_pattern must map names of layers to numbers, got "
+                f"{key!r}: {value!r}"
+            )
+        if layer == key or layer.endswith(f".{key}"):
+            return value
+    return default
+
+
+def _filled_up(name: str, tensor: Tensor, rank: int) -> Tensor:
+    """A factor of a smaller rank with zeros up to `rank`."""
+    if tensor.dim() != 2:
+        return tensor
+    missing = rank - (tensor.shape[0] if name.endswith("lora_A.weight") else tensor.shape[1])
+    if missing <= 0:
+        return tensor
+    pad = (0, 0, 0, missing) if name.endswith("lora_A.weight") else (0, missing)
+    return F.pad(tensor, pad)
