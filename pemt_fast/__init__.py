@@ -34,10 +34,12 @@ _EXPORTS = {
     "adapter_mixture": "pemt_fast.ops",
     "fuse": "pemt_fast.fusing",
     "get_model": "pemt_fast.attach",
+    "export_adapterhub": "pemt_fast.interop.adapterhub_files",
     "export_peft_lora": "pemt_fast.interop.peft_files",
     "export_peft_poly": "pemt_fast.interop.peft_files",
     "export_peft_prefix": "pemt_fast.interop.peft_prefix",
     "load": "pemt_fast.attach",
+    "load_adapterhub": "pemt_fast.interop.adapterhub_files",
     "load_mttl": "pemt_fast.interop.mttl_files",
     "load_peft": "pemt_fast.interop.peft_files",
     "load_published_pemt": "pemt_fast.interop.published_pemt",
@@ -53,6 +55,7 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 if TYPE_CHECKING:
     from pemt_fast.attach import get_model, load
     from pemt_fast.fusing import fuse, unfuse
+    from pemt_fast.interop.adapterhub_files import export_adapterhub, load_adapterhub
     from pemt_fast.interop.mttl_files import load_mttl
     from pemt_fast.interop.peft_files import export_peft_lora, export_peft_poly, load_peft
     from pemt_fast.interop.peft_prefix import export_peft_prefix

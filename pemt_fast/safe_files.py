@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import pickletools
 import re
 import zipfile
@@ -73,10 +72,10 @@ def read_pickle(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file not found")
     try:
-        _check_records(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, MemoryError,
-            zipfile.BadZipFile) as error:  # fmt: skip
+        excess = _excess(path)
+        found = None if excess else torch.load(path, map_location="cpu", weights_only=True)
+    # Over damaged bytes the unpickler stumbles in many ways, an IndexError among them.
+    except Exception as error:
         if pickled := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"{path}: holds objects besides tensors and plain values ({pickled[1]}), and "
@@ -85,35 +84,35 @@ def read_pickle(path: Path) -> Any:
                 "its tensors and plain values with torch.save"
             ) from error
         raise ValueError(f"{path}: truncated, damaged or not plain tensors ({error})") from error
+    if excess:
+        raise ValueError(excess)
     _check_tensors(found, path)
     return found
 
 
-def _check_records(path: Path) -> None:
-    """Raise a `ValueError` if reading would take more memory than the file has bytes."""
+def _excess(path: Path) -> str | None:
+    """Why reading would take more memory than the file has bytes, None if it would not."""
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
-                    raise ValueError(
+                    return (
                         f"{path}: its part {record.filename!r} is compressed or larger than the "
                         f"file ({record.file_size} bytes of {size}), which torch.save never writes"
                     )
-        return
+        return None
     # Before torch 1.6: magic number, version, machine, then what was saved, whose storages state
     # their own sizes and are allocated before anything is read into them.
     with path.open("rb") as file:
-        try:
-            pickles = [list(pickletools.genops(file)) for _ in range(4)]
-        except (ValueError, IndexError, KeyError, EOFError) as error:
-            raise pickle.UnpicklingError(str(error)) from error
+        pickles = [list(pickletools.genops(file)) for _ in range(4)]
     stated = [value for _, value, _ in pickles[-1] if isinstance(value, int)]
     if stated and max(stated) > size:
-        raise ValueError(
+        return (
             f"{path}: an old file of {size} bytes that states a size of {max(stated)}: refused. If "
             "you trust it, read it once with torch.load and save it again with torch.save"
         )
+    return None
 
 
 def _check_tensors(found: Any, path: Path) -> None:

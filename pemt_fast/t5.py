@@ -80,6 +80,17 @@ def self_attention_paths(model: T5Model) -> list[str]:
     ]
 
 
+def cross_attention_paths(model: T5Model) -> list[str]:
+    """Dotted paths of the cross-attention sub-layers, `decoder.block.i.layer.1`."""
+    return [f"decoder.block.{i}.layer.1" for i in range(len(model.decoder.block))]
+
+
+def block_number(model: T5Model, path: str) -> int:
+    """Number of the block that `path` lies in; the decoder's follow those of the encoder."""
+    stack, _, number, *_ = path.split(".")
+    return int(number) + (len(model.encoder.block) if stack == "decoder" else 0)
+
+
 def layer_norm_sites(model: T5Model) -> list[tuple[nn.Module, str]]:
     """Owner and attribute of all layer norms of both stacks, the final ones included."""
     sites: list[tuple[nn.Module, str]] = []

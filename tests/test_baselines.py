@@ -265,6 +265,7 @@ def test_half_precision(method):
         (lambda: pemt_fast.BottleneckConfig(activation="swish"), "activation must be one of .*got"),
         (lambda: pemt_fast.BottleneckConfig(dropout=1), r"dropout must be in \[0, 1\), got 1"),
         (lambda: pemt_fast.BottleneckConfig(init_weights="lora"), "init_weights must be one of"),
+        (lambda: pemt_fast.BottleneckConfig(leave_out=[-1]), r"leave_out must hold .*got \(-1,\)"),
         (lambda: pemt_fast.PromptTuningConfig(prompt_length=0), "prompt_length must be an integer"),
         (lambda: pemt_fast.PromptTuningConfig(prompt_init="text"), "prompt_init must be one of"),
         (
@@ -288,6 +289,8 @@ def test_bad_configs_name_the_field(build, message):
     ("config", "message"),
     [
         (pemt_fast.BottleneckConfig(reduction_factor=33), "must be at most d_model = 32, got 33"),
+        (pemt_fast.BottleneckConfig(leave_out=[1, 4]), r"leave_out must name blocks below 4, got"),
+        (pemt_fast.BottleneckConfig(feed_forward=False), "leave no sub-layer that would get an"),
         (pemt_fast.PromptTuningConfig(prompt_length=513), "prompt_length must be at most 512"),
         (pemt_fast.PromptTuningConfig(description="words"), "description needs a tokenizer"),
         (
@@ -416,6 +419,21 @@ def test_the_forms_have_adapterhubs_defaults():
     model = pemt_fast.get_model(tiny_t5(), wide)
     assert model.adapter_config.bottleneck == 64
     assert sum(isinstance(m, BottleneckAdapter) for m in model.modules()) == 8
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_sublayers_and_blocks_that_get_an_adapter(form):
+    everywhere = pemt_fast.BottleneckConfig(
+        form=form, attention=True, cross_attention=True, leave_out=(0, 3), init_weights="houlsby"
+    )
+    model = pemt_fast.get_model(tiny_t5(), everywhere)
+    inside = ".dropout" if form == "double_sequential" else ""
+    found = {n for n, m in model.base_model.named_modules() if isinstance(m, AdaptedSublayer)}
+    blocks = {"encoder.block.1": 2, "decoder.block.0": 3}
+    assert found == {f"{b}.layer.{i}{inside}" for b, count in blocks.items() for i in range(count)}
+    values = torch.cat([t.flatten() for n, t in model.adapter_state_dict().items() if "wei" in n])
+    assert 0.015 < float(values.abs().max()) <= 0.02
+    assert abs(float(values.std()) / 0.0088 - 1) < 0.1  # of a normal cut at two deviations
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -9,6 +9,7 @@ leave only the question of what the adapter reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +20,15 @@ from pemt_fast.nn.bottleneck import BottleneckAdapter
 from pemt_fast.nn.routing import Routing
 from pemt_fast.nn.sublayer import AdaptedSublayer
 from pemt_fast.ops.validation import ACTIVATIONS
-from pemt_fast.t5 import Attachment, T5Model, check_t5, feed_forward_sites, self_attention_paths
+from pemt_fast.t5 import (
+    Attachment,
+    T5Model,
+    block_number,
+    check_t5,
+    cross_attention_paths,
+    feed_forward_sites,
+    self_attention_paths,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +36,7 @@ if TYPE_CHECKING:
     from pemt_fast.linear_model import LinearAdapterModel
 
 # AdapterHub's name of an initialisation -> ours in `BottleneckAdapter.reset_parameters`.
-_INITS = {"bert": "bert", "mam_adapter": "lora"}
+_INITS = {"bert": "bert", "mam_adapter": "lora", "houlsby": "houlsby"}
 
 # Form -> what the fields that are None become.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -48,13 +57,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig(TaskConfig):
-    """A bottleneck adapter at every feed-forward sub-layer of T5; `task_ids` make no difference.
+    """A bottleneck adapter behind sub-layers of T5; `task_ids` make no difference.
 
     A sub-layer computes `h = x + f`, `f = dropout(FF(layer_norm(x)))`, and with the adapter
     `A(u) = W_up·act(W_down·u + b_down) + b_up`
 
     * `sequential` (`seq_bn`, Pfeiffer et al., 2020): `z = h + s·A(h)`;
-    * `double_sequential` (`double_seq_bn`, Houlsby et al., 2019): `z = h + s·A(f)`, behind
+    * `double_sequential` (`double_seq_bn`, Houlsby et al., 2019): `z = h + s·A(f)`, at
       self-attention too;
     * `parallel` (`par_bn`, He et al., 2021): `z = h + s·A(x)`, `x` before the layer norm.
 
@@ -68,9 +77,12 @@ class BottleneckConfig(TaskConfig):
         activation: A name of `adapter_mixture`.
         scale: s.
         dropout: On `s·A`, in training.
-        attention: Adapters at the self-attention sub-layers too (AdapterHub's `mh_adapter`).
-        init_weights: `bert` (both N(0, 0.02)) or `mam_adapter` (down Kaiming-uniform, up zero: the
-            model starts unchanged); biases zero.
+        feed_forward: Adapters at the feed-forward sub-layers (AdapterHub's `output_adapter`).
+        attention: At the self-attention sub-layers (`mh_adapter`).
+        cross_attention: At the cross-attention sub-layers (`cross_adapter`).
+        leave_out: Numbers of the blocks without adapters; the decoder's follow the encoder's.
+        init_weights: `bert` (both N(0, 0.02)), `houlsby` (both N(0, 0.01) cut at ±0.02) or
+            `mam_adapter` (down Kaiming-uniform, up zero: the model starts unchanged); biases zero.
         num_tasks, task_names: As in `TaskConfig`.
         adapter_dtype: Dtype of the adapters; None: the model's.
         impl: Implementation of the operator, see `adapter_mixture`.
@@ -86,7 +98,10 @@ class BottleneckConfig(TaskConfig):
     activation: str | None = None
     scale: float | None = None
     dropout: float = 0.0
+    feed_forward: bool = True
     attention: bool | None = None
+    cross_attention: bool = False
+    leave_out: Sequence[int] = ()
     init_weights: str | None = None
     adapter_dtype: str | None = None
     impl: str = "auto"
@@ -102,6 +117,8 @@ class BottleneckConfig(TaskConfig):
             self.require_at_least("bottleneck", 1)
         if self.reduction_factor is not None and not self.reduction_factor > 0:
             raise ValueError(f"reduction_factor must be positive, got {self.reduction_factor}")
+        if not all(isinstance(block, int) and block >= 0 for block in self.leave_out):
+            raise ValueError(f"leave_out must hold numbers of blocks, got {self.leave_out!r}")
 
     def complete(self, d_model: int) -> BottleneckConfig:
         """The config with nothing left to the form or to the model's width."""
@@ -133,9 +150,18 @@ class BottleneckConfig(TaskConfig):
 
     def places(self, model: T5Model) -> list[str]:
         """Dotted paths of the modules that get an adapter."""
-        paths = [site.path for site in feed_forward_sites(model)]
-        if self.attention:
-            paths += self_attention_paths(model)
+        blocks = len(model.encoder.block) + len(model.decoder.block)
+        if unknown := [block for block in self.leave_out if block >= blocks]:
+            raise ValueError(f"leave_out must name blocks below {blocks}, got {unknown}")
+        paths = [site.path for site in feed_forward_sites(model)] if self.feed_forward else []
+        paths += self_attention_paths(model) if self.attention else []
+        paths += cross_attention_paths(model) if self.cross_attention else []
+        paths = [path for path in paths if block_number(model, path) not in self.leave_out]
+        if not paths:
+            raise ValueError(
+                "feed_forward, attention, cross_attention and leave_out leave no sub-layer that "
+                "would get an adapter"
+            )
         # What leaves the sub-layer's dropout is f, before the residual is added.
         return [f"{path}.dropout" if self.form == "double_sequential" else path for path in paths]
 

@@ -54,18 +54,22 @@ class BottleneckAdapter(nn.Module):
         Args:
             init: `lora` (down Kaiming-uniform, up zero: the model starts unchanged), `kaiming`
                 (both Kaiming-uniform, as released for PEMT's sources), `normal` (both
-                N(0, 0.01), as released for the target adapter) or `bert` (both N(0, 0.02)).
+                N(0, 0.01), as released for the target adapter), `houlsby` (the same cut at
+                ±0.02) or `bert` (both N(0, 0.02)).
                 Biases become zero.
         """
         for layer in (self.down, self.up):
             if init in ("normal", "bert"):
                 nn.init.normal_(layer.weight, std=0.01 if init == "normal" else 0.02)
+            elif init == "houlsby":
+                nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
             elif init == "lora" and layer is self.up:
                 nn.init.zeros_(layer.weight)
             elif init in ("lora", "kaiming"):
                 nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
             else:
-                raise ValueError(f"init must be lora, kaiming, normal or bert, got {init!r}")
+                known = "lora, kaiming, normal, houlsby or bert"
+                raise ValueError(f"init must be {known}, got {init!r}")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
