@@ -19,14 +19,18 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SOURCES := $(sort $(wildcard $(foreach kind,cpp h cu cuh,csrc/*.$(kind) csrc/*/*.$(kind))))
 FORMATTED := $(SOURCES) $(wildcard tests/helpers/cuda/*)
 SANITIZED := build/sanitizers
+# AdapterHub's library, with the older transformers that it needs; first on the path it hides that
+# of .venv. ADAPTERHUB=0: test without it.
+LIBRARY := build/adapterhub
+ADAPTERHUB ?= 1
 SMALL_CASES := every_form_of_the_grid or finite or unequal_ranks or one_launch or not_aligned
 KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases sparsity_rows skill_mixture skill_linear linear_mixture,tests/test_$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-t5 bench-poly bench-decode bench-fuse sanitize-gpu clean
+.PHONY: help venv build demo test test-adapterhub test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-t5 bench-poly bench-decode bench-fuse bench-adapterhub sanitize-gpu clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(BUILT)  ## create .venv: torch, then this package with its development tools
 
@@ -59,9 +63,24 @@ demo: $(BUILT)  ## train a tiny mixture and show which adapters its gate picks
 	@echo "==> demo"
 	@$(BIN)/pemt-fast demo $(ARGS)
 
-test: $(BUILT)  ## run the tests; those that need a GPU skip themselves where there is none
+test: $(BUILT) $(if $(filter-out 0,$(ADAPTERHUB)),$(LIBRARY)/.ready)  ## run the tests; those that need a GPU skip themselves where there is none
 	@echo "==> tests"
 	@$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Beside .venv and without dependencies, whose place .venv takes: torch is not installed twice.
+$(LIBRARY)/.ready: tests/adapterhub/requirements.txt $(READY)
+	@echo "==> the library adapters in $(LIBRARY)"
+	@rm -rf $(LIBRARY) $(LIBRARY).part
+	@$(PIP) install --no-deps --target $(LIBRARY).part -r $< || { rm -rf $(LIBRARY).part; \
+	  echo "The library adapters, with which the tests compare, could not be installed (see above)." \
+	  "ADAPTERHUB=0 tests without it: make test ADAPTERHUB=0" >&2; exit 1; }
+	@mv $(LIBRARY).part $(LIBRARY)
+	@touch $@
+
+test-adapterhub: $(BUILT) $(LIBRARY)/.ready  ## run the tests that need AdapterHub's library
+	@echo "==> tests with the library adapters"
+	@PYTHONPATH=$(LIBRARY)$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/pytest tests/adapterhub $(ARGS)
+	@$(BIN)/pytest tests/test_adapterhub_library.py -k files
 
 # A copy of the package below build/, whose extension can only be loaded after its sanitizers;
 # libstdc++ comes along so that they see exceptions. A report names no test: ARGS=-v shows which it was.
@@ -125,6 +144,10 @@ bench-poly: $(BUILT)  ## time Poly and MHR against peft, on layers and on T5-bas
 bench-fuse: $(BUILT)  ## time fuse(model) on peft's adapters
 	@echo "==> fuse benchmark"
 	@$(BIN)/python benchmarks/bench_fuse.py $(ARGS)
+
+bench-adapterhub: $(BUILT) $(LIBRARY)/.ready  ## time fuse(model) on AdapterHub's adapters
+	@echo "==> fuse benchmark, AdapterHub"
+	@PYTHONPATH=$(LIBRARY)$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python benchmarks/bench_fuse_adapterhub.py $(ARGS)
 
 bench-decode: $(BUILT)  ## time calls of few tokens and generation, on a GPU
 	@echo "==> generation benchmark"

@@ -12,6 +12,7 @@ from pathlib import Path
 import adapterhub_exchange as exchange
 import pytest
 import torch
+from adapterhub_exchange import close
 from safetensors.torch import load_file, save_file
 
 import pemt_fast
@@ -22,12 +23,6 @@ CASES = sorted(path.parent.name for path in GOLDEN.glob("*/adapter_config.json")
 
 def base_t5():
     return exchange.tiny_t5(GOLDEN / "base.safetensors")
-
-
-def close(found, expected):
-    """Up to rounding of a two-layer T5 in float32."""
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * scale)
 
 
 def copied(tmp_path, case="seq_bn"):

@@ -3,7 +3,8 @@
 
 Modules stay where and what they are: same parameters, same `state_dict`, same class but for a
 subclass with another `forward`, which `unfuse` takes away again. What is known: peft's LoRA with
-one, several or mixed adapters and its Poly (`peft_lora.py`, `peft_poly.py`); other modules through
+one, several or mixed adapters and its Poly (`peft_lora.py`, `peft_poly.py`), bottleneck adapters of
+AdapterHub's `adapters` on T5 and their compositions (`adapterhub.py`); other modules through
 `FusedKind` (`protocol.py`).
 """
 

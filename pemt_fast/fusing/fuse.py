@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from pemt_fast.fusing.adapterhub import AdapterHub
 from pemt_fast.fusing.peft_lora import PeftLora
 from pemt_fast.fusing.peft_poly import PeftPoly
-from pemt_fast.fusing.protocol import FusedKind, FusedModule, fused_class
+from pemt_fast.fusing.protocol import FusedKind, FusedModule, fused_class, replaced_method
 from pemt_fast.ops.dispatch import IMPLS
 
 
@@ -54,9 +56,15 @@ class FuseReport:
 
 def default_kinds() -> list[FusedKind]:
     """What `fuse` knows by itself, of the libraries that are installed."""
-    if importlib.util.find_spec("peft") is None:
-        return []
-    return [PeftLora(), PeftPoly()]
+    known: dict[str, list[FusedKind]] = {
+        "adapters": [AdapterHub()], "peft": [PeftLora(), PeftPoly()]
+    }  # fmt: skip
+    return [kind for name in known if _is_installed(name) for kind in known[name]]
+
+
+def _is_installed(name: str) -> bool:
+    # Once imported, `adapters` is a module without a spec, of which `find_spec` raises.
+    return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
 def fuse(
@@ -67,13 +75,15 @@ def fuse(
     Nothing is copied and no module is replaced: each site becomes an instance of a subclass of its
     own class, with the same parameters, hooks and `state_dict`. Outputs and gradients are those of
     the modules' own `forward` up to rounding, which still computes what the operator cannot (a
-    call with dropout, disabled or merged adapters). A second call changes nothing but `impl`;
-    `unfuse` undoes it. Copies, pickled ones too, stay fused.
+    call with dropout, disabled or merged adapters, a composition set later). A second call changes
+    nothing but `impl`, and asks again of sites that were not fused; `unfuse` undoes it. Copies,
+    pickled ones too, stay fused.
 
     Args:
-        model: Any model with adapters of peft, or of `kinds`.
+        model: Any model with adapters of peft, or a T5 with those of AdapterHub's `adapters`, or
+            with modules of `kinds`.
         kinds: What to look for; None for `default_kinds()`.
-        impl: Implementation of the operators.
+        impl: Implementation of the operators. The attention of AdapterHub's Fuse is torch's.
 
     Returns:
         Every module with adapters, fused or with the reason why not. `print` it.
@@ -96,7 +106,7 @@ def fuse(
         if (site := _fuse_module(name, module, known, impl)) is not None
     ]
     if not sites:
-        names = ", ".join(kind.name for kind in known) or "none: peft is not installed"
+        names = ", ".join(kind.name for kind in known) or "none: neither peft nor adapters is there"
         raise ValueError(f"the model has no adapters to fuse; kinds that are known: {names}")
     return FuseReport(tuple(sites))
 
@@ -112,8 +122,8 @@ def _fuse_module(
     if found is None:
         return _foreign_site(name, module)
     reason = found.why_not(module)
-    if reason is None and "forward" in vars(module):
-        reason = "something has replaced its forward, such as a hook of accelerate"
+    if reason is None and (method := replaced_method(found)) in vars(module):
+        reason = f"something has replaced its {method}, such as a hook of accelerate"
     if reason is None:
         module.__class__ = fused_class(type(module), found, impl)
     return Site(name, found.name, reason or "")

@@ -10,14 +10,13 @@ compute in theirs, the result has that of the base layer.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pemt_fast.fusing.protocol import StackedCall
+from pemt_fast.fusing.protocol import StackedCall, on_device
 from pemt_fast.nn.wrapped_linear import is_plain
 from pemt_fast.ops.skill_mixture import IMPLS_WITHOUT_KERNELS, skill_mixture
 
@@ -51,7 +50,7 @@ class PeftLora:
         if not names or self.why_not(module) or _drops(module, names):
             return None
         if adapter_names is None:
-            gate = _on_device(tuple(float(module.scaling[n]) for n in names), x.device)
+            gate = on_device(tuple(float(module.scaling[n]) for n in names), x.device)
             return _stacked(module, names, x, gate).run(impl)
         module._check_forward_args(x, adapter_names=adapter_names)
         ranks = {module.lora_A[n].out_features for n in names}
@@ -62,7 +61,7 @@ class PeftLora:
             tuple(float(module.scaling[n]) if n == row else 0.0 for n in names)
             for row in adapter_names
         )
-        return _stacked(module, names, x, _on_device(rows, x.device)).run(impl)
+        return _stacked(module, names, x, on_device(rows, x.device)).run(impl)
 
 
 def _drops(module: Any, names: Sequence[str]) -> bool:
@@ -71,14 +70,6 @@ def _drops(module: Any, names: Sequence[str]) -> bool:
         isinstance(module.lora_dropout[n], nn.Dropout) and module.lora_dropout[n].p > 0
         for n in names
     )
-
-
-@functools.lru_cache(maxsize=1024)
-def _on_device(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    """A gate or ids, made once: bringing them to a device waits for the host at every call."""
-    with torch.inference_mode(False):
-        is_ids = isinstance(values[0], int)
-        return torch.tensor(values, dtype=torch.long if is_ids else torch.float32, device=device)
 
 
 def _one_each(
@@ -93,7 +84,7 @@ def _one_each(
     if any(row not in names for row in rows):
         a, b = [*a, torch.zeros_like(a[0])], [*b, torch.zeros_like(b[0])]
     ids = tuple(names.index(row) if row in names else len(names) for row in rows)
-    task_ids, dtype, base = _on_device(ids, x.device), a[0].dtype, module.base_layer
+    task_ids, dtype, base = on_device(ids, x.device, torch.long), a[0].dtype, module.base_layer
     factors = (None, torch.stack(a), torch.stack(b))
     if x.dtype == dtype and is_plain(base) and base.weight.dtype == dtype:
         options: dict[str, Any] = {"weight": base.weight, "bias": base.bias}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -51,9 +51,22 @@ class StackedCall:
         return out if self.dtype is None else out.to(self.dtype)
 
 
+@functools.lru_cache(maxsize=1024)
+def on_device(
+    values: tuple[Any, ...], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A gate or ids, made once: bringing them to a device waits for the host at every call."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 @runtime_checkable
 class FusedKind(Protocol):
-    """A kind of module that `fuse` knows. Instances without attributes, of importable classes."""
+    """A kind of module that `fuse` knows. Instances without attributes, of importable classes.
+
+    What `call` computes is the module's `forward`, or the method whose name a kind gives as
+    `method`, where its library cuts a module in parts.
+    """
 
     name: str  # in the report
 
@@ -66,7 +79,7 @@ class FusedKind(Protocol):
         ...
 
     def call(self, module: Any, impl: str, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The module's output; None for calls that its own `forward` shall compute."""
+        """The module's output; None for calls that its own method shall compute."""
         ...
 
 
@@ -77,21 +90,35 @@ class FusedModule:
     fused_from: type[nn.Module]
     fused_impl: str
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Through the operator, or as the module itself does it."""
-        out = self.fused_kind.call(self, self.fused_impl, *args, **kwargs)
-        return self.fused_from.forward(self, *args, **kwargs) if out is None else out
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The subclass cannot be imported; pickle and deepcopy make it anew.
         made_from = (self.fused_from, self.fused_kind, self.fused_impl)
         return _rebuild, made_from, self.__dict__
 
 
+def replaced_method(kind: FusedKind) -> str:
+    """The name of the method that `kind.call` computes."""
+    return getattr(kind, "method", "forward")
+
+
+def _through_operator(name: str) -> Callable[..., Any]:
+    """A method that goes through the operator, or as the module itself does it."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = self.fused_kind.call(self, self.fused_impl, *args, **kwargs)
+        return getattr(self.fused_from, name)(self, *args, **kwargs) if out is None else out
+
+    method.__name__ = name
+    return method
+
+
 @functools.cache
 def _subclass(of: type[nn.Module], kind_type: type, impl: str) -> type[nn.Module]:
-    attributes = {"fused_kind": kind_type(), "fused_from": of, "fused_impl": impl}
+    kind = kind_type()
+    attributes = {"fused_kind": kind, "fused_from": of, "fused_impl": impl}
     attributes["__module__"] = of.__module__
+    name = replaced_method(kind)
+    attributes[name] = _through_operator(name)
     return type(f"Fused{of.__name__}", (FusedModule, of), attributes)
 
 

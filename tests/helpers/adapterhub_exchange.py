@@ -75,6 +75,11 @@ def logits(model):
     return model(**inputs()).logits
 
 
+def close(found, expected):
+    """Up to rounding of this T5 in float32."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
 def with_library(base):
     import adapters
 
