@@ -6,12 +6,14 @@ import json
 import sys
 
 import pytest
+import torch
 from cuda_sources import ROOT
 
 pytest.importorskip("peft", reason="peft is a development dependency")
 FOLDER = ROOT / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 import bench_fuse  # noqa: E402
+import fuse_measure  # noqa: E402
 from t5_cases import Shape  # noqa: E402
 
 sys.path.remove(str(FOLDER))
@@ -39,7 +41,7 @@ def test_every_case_is_compared_and_timed(case):
     ]
     assert not [row for row in rows if "error" in row]
     assert all(row["speedup"] > 0 and set(row["ms"]) == {"peft", "fused"} for row in rows)
-    page = bench_fuse.page({"environment": STAMP, "layers": 1, "rounds": 2, "rows": rows})
+    page = fuse_measure.page({"environment": STAMP, "layers": 1, "rounds": 2, "rows": rows})
     assert page.count(f"| {case.name} |") == len(rows)
 
 
@@ -50,7 +52,7 @@ def test_a_wrong_result_is_refused(monkeypatch):
     monkeypatch.setattr(protocol.StackedCall, "run", lambda self, impl: right(self, impl) * 1.01)
     row = bench_fuse.measure(small(bench_fuse.CASES[1]), "fp32", "step", OPTIONS)
     assert "from float64, peft's" in row["error"] and "ms" not in row
-    page = bench_fuse.page({"environment": STAMP, "layers": 1, "rounds": 2, "rows": [row]})
+    page = fuse_measure.page({"environment": STAMP, "layers": 1, "rounds": 2, "rows": [row]})
     assert row["error"] in page
 
 
@@ -59,12 +61,19 @@ def test_committed_pages_are_those_of_their_results():
     assert found
     for path in found:
         result = json.loads(path.read_text())
-        assert path.with_suffix(".md").read_text() == bench_fuse.page(result), path
+        assert path.with_suffix(".md").read_text() == fuse_measure.page(result), path
+
+
+def test_a_gradient_of_zero_is_not_compared():
+    """Such as that of AdapterFusion's key bias: what is left of it is rounding."""
+    exact = {"logits": torch.ones(4), "small": torch.full((2,), 1e-8), "zero": torch.tensor(1e-17)}
+    found = {"logits": torch.ones(4), "small": torch.full((2,), 2e-8), "zero": torch.tensor(1e-9)}
+    assert fuse_measure._errors(found, exact) == {"logits": 0.0, "small": pytest.approx(1.0)}
 
 
 def test_the_summary_counts_the_slower_cells():
     rows = [{"mode": "step", "ms": {}, "speedup": speedup} for speedup in (0.994, 0.996, 1.5)]
     rows.append({"mode": "step", "error": "wrong"})
-    assert bench_fuse._summary(rows) == [
+    assert fuse_measure.summary(rows, "peft") == [
         "* step: 0.99 to 1.50 of peft's speed, 1 of 3 cells slower."
     ]
