@@ -460,6 +460,47 @@ def test_compiles_to_one_graph(setup):
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
+# --- what docs/adapterhub.md says of the library -------------------------------------------------
+
+
+def one_layer(preset, setup):
+    """A feed-forward sub-layer, an input x, its own output f and what each adapter makes of y."""
+    model = with_adapters(PRESETS[preset], setup, reductions=(2, 2, 2)).double()
+    layer, x = model.encoder.block[0].layer[1], torch.randn(2, 3, 16, dtype=torch.float64)
+    f = layer.dropout(layer.DenseReluDense(layer.layer_norm(x)))
+
+    def adapter(name, y):
+        module = layer.adapters[name]
+        return module.adapter_up(module.adapter_down(y)) * module.scaling
+
+    return layer, x, f, adapter
+
+
+def test_an_average_divides_twice():
+    layer, x, f, adapter = one_layer("seq", Average("a", "b", weights=[0.25, 0.75]))
+    members = 0.25 * adapter("a", x + f) + 0.75 * adapter("b", x + f)
+    torch.testing.assert_close(layer(x), x + (f + members) / 2, rtol=0, atol=1e-12)
+
+
+def test_of_stacked_parallel_adapters_the_last_counts():
+    layer, x, f, adapter = one_layer("par", Stack("a", "b"))
+    torch.testing.assert_close(layer(x), x + f + adapter("b", x), rtol=0, atol=1e-12)
+
+
+def test_post_add_raises():
+    model = with_adapters(SeqBnConfig(residual_before_ln="post_add"), "a")
+    with pytest.raises(UnboundLocalError, match="residual"):
+        logits(model)
+
+
+def test_the_report_of_the_page():
+    model = with_adapters(SeqBnConfig(), Fuse("a", "b", "c"), model=tiny_t5(num_layers=12))
+    assert str(pemt_fast.fuse(model)) == "24 of 24 modules with adapters are fused"
+
+
+# --- what else may be in the way -----------------------------------------------------------------
+
+
 def test_a_replaced_method_is_left_alone():
     model = with_adapters(PRESETS["seq"], "a")
     layer = model.encoder.block[0].layer[1]
