@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import adapters
 import pytest
@@ -530,3 +532,10 @@ def test_an_impl_that_cannot_run_raises():
     pemt_fast.fuse(model, impl="cuda")
     with pytest.raises(RuntimeError, match="^impl='cuda' cannot run: "):
         logits(model)
+
+
+def test_the_block_of_the_page_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "adapterhub.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```", page, re.M | re.S)
+    exec(compile(block, "adapterhub.md", "exec"), {"t5": tiny_t5()})
+    assert "2 of 2 modules with adapters are fused" in capsys.readouterr().out

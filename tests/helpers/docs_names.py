@@ -45,6 +45,8 @@ def write_runs() -> None:
         config = pemt_fast.PemtConfig(sources=sources, target=target, prompt_length=5)
         model = pemt_fast.get_model(tiny_t5(), config)
         model.save_pretrained(f"runs/{target}")
+    bottleneck = pemt_fast.get_model(tiny_t5(), pemt_fast.BottleneckConfig())
+    pemt_fast.export_adapterhub(bottleneck, "downloaded/adapter")
 
 
 def names(folder: Path) -> dict[str, Any]:
