@@ -121,16 +121,26 @@ def test_resume_after_a_kill_gives_the_same_weights(backbone, tmp_path, monkeypa
     assert again["test"] == whole["test"]
 
 
-def test_last_complete_checkpoint(tmp_path):
+PARTS = [
+    "pemt_fast_config.json", "pemt_fast_model.safetensors", "trainer_state.json", "optimizer.pt",
+    "scheduler.pt", "rng_state.pth",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [*PARTS, "end of the state"])
+def test_last_complete_checkpoint(tmp_path, missing):
     assert last_complete_checkpoint(tmp_path) is None
-    for step, complete in ((9, True), (10, True), (11, False)):
+    for step in (9, 10, 11):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / "pemt_fast_config.json").touch()
-        if complete:
-            (folder / "trainer_state.json").touch()
+        for part in PARTS:
+            (folder / part).write_text("{}")
+    if missing in PARTS:
+        (folder / missing).unlink()
+    else:
+        (folder / "trainer_state.json").write_text('{"best_metric": 0.')
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert not (tmp_path / "checkpoint-11").exists()
+    assert not folder.exists()
 
 
 def test_checkpointed_training_runs(backbone, tmp_path):

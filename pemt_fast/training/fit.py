@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +76,7 @@ def finished(
             "directory or remove it"
         )
     logger.info("%s: already finished, skipped", directory)
+    tidy(directory)
     return results
 
 
@@ -185,6 +185,7 @@ def fit(
     folder = Path(directory)
     checkpoints = folder / CHECKPOINTS
     checkpoints.mkdir(parents=True, exist_ok=True)
+    _drop_temporary(folder)
 
     def score(examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, float]:
         return compute(metrics, list(predictions), list(examples))
@@ -203,12 +204,10 @@ def fit(
         compute_metrics=evaluate,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    started = time.perf_counter()
     resumed = last_complete_checkpoint(checkpoints)
     if resumed:
         logger.warning("%s: resuming from %s", label, resumed)
-    trainer.train(resume_from_checkpoint=resumed)
-    seconds = time.perf_counter() - started
+    seconds = trainer.train_from(resumed)
     texts = predict(model, tokenizer, test, batch_size=options.eval_batch_size, max_length=length)
     trainable, total = model.count_parameters()
     results = {
@@ -237,8 +236,20 @@ def finish(directory: str | os.PathLike[str], results: dict) -> dict:
     """Mark a run as finished: write its results, drop the checkpoints, return what was written."""
     path = Path(directory) / RESULTS_FILE
     write_json(path, results)
-    shutil.rmtree(Path(directory) / CHECKPOINTS, ignore_errors=True)
+    tidy(directory)
     return json.loads(path.read_text())
+
+
+def tidy(directory: str | os.PathLike[str]) -> None:
+    """Remove what a finished run needs no more; a kill may have left it."""
+    shutil.rmtree(Path(directory) / CHECKPOINTS, ignore_errors=True)
+    _drop_temporary(Path(directory))
+
+
+def _drop_temporary(folder: Path) -> None:
+    """Remove what a kill inside `replace_file` left."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
 
 
 def _best_validation(trainer: AdapterTrainer) -> dict[str, float]:

@@ -152,7 +152,9 @@ class TrainOptions:
             save_strategy=strategy,
             logging_strategy=strategy,
             **self._intervals(),
-            save_total_limit=1,
+            # The best and the last one. With 1 transformers removes the last one in the end: who is
+            # killed after that would train again from the best one on.
+            save_total_limit=2,
             load_best_model_at_end=evaluates,
             metric_for_best_model="average",
             greater_is_better=True,

@@ -10,16 +10,18 @@ as without: whole adapters and the whole optimiser state, for any number of proc
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import Seq2SeqTrainer
+from transformers import Seq2SeqTrainer, TrainerState
 
 from pemt_fast import checkpoint, sharding
 from pemt_fast.training.gate_callback import GateCallback
@@ -27,11 +29,17 @@ from pemt_fast.training.task_sampler import TaskSampler
 
 logger = logging.getLogger("pemt_fast")
 
-# transformers writes the state last, so a folder with it is complete.
-_LAST_FILE = "trainer_state.json"
 # Their names in a checkpoint, those of transformers.
 _OPTIMIZER_FILE = "optimizer.pt"
 _SCHEDULER_FILE = "scheduler.pt"
+_STATE_FILE = "trainer_state.json"
+# Of every complete checkpoint; `rng_state_<process>.pth` where several processes train.
+_PARTS = (
+    checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, _STATE_FILE, _OPTIMIZER_FILE, _SCHEDULER_FILE,
+    "rng_state*.pth",
+)  # fmt: skip
+# Entry of the log: seconds of training until then, those of killed processes included.
+_ELAPSED = "elapsed"
 
 
 class AdapterTrainer(Seq2SeqTrainer):
@@ -56,6 +64,7 @@ class AdapterTrainer(Seq2SeqTrainer):
         **kwargs: Any,
     ) -> None:
         self.task_temperature = task_temperature
+        self._seconds_before, self._started = 0.0, time.perf_counter()
         super().__init__(*args, **kwargs)
         if gate_statistics:
             self.add_callback(callback := GateCallback())
@@ -63,6 +72,38 @@ class AdapterTrainer(Seq2SeqTrainer):
             callbacks = self.callback_handler.callbacks
             callbacks.insert(0, callbacks.pop(callbacks.index(callback)))
             callback.on_init_end(self.args, self.state, self.control, model=self.model)
+
+    def train_from(self, folder: str | None) -> float:
+        """Train from a checkpoint on, None: from the start, and take the best checkpoint's weights.
+
+        Weights and scores are those of a training that was never interrupted, bit for bit on the
+        same machine with the same number of threads.
+
+        Returns:
+            Seconds of training; for what was read from the checkpoint the time it took then.
+        """
+        state = None if folder is None else _read_state(Path(folder))
+        self._started = time.perf_counter()
+        if state is None:
+            self._seconds_before = 0.0
+        else:
+            times = [entry[_ELAPSED] for entry in state.log_history if _ELAPSED in entry]
+            self._seconds_before = times[-1] if times else 0.0
+        if state is None or state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=folder)
+        else:
+            # transformers would train one update more where the last one is not an epoch's last.
+            self.state = state
+            self._load_best_model()
+        return self._elapsed()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in transformers, with the seconds of training so far."""
+        logs[_ELAPSED] = round(self._elapsed(), 3)
+        super().log(logs, start_time)
+
+    def _elapsed(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -145,10 +186,11 @@ class AdapterTrainer(Seq2SeqTrainer):
         self._assign(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._assign(self.state.best_model_checkpoint)
+        # Not the path in the state: the folder may have been moved since, or the working directory
+        # be another one.
+        self._assign(f"{self.args.output_dir}/checkpoint-{self.state.best_global_step}")
 
-    def _assign(self, folder: str | None) -> None:
-        assert folder is not None
+    def _assign(self, folder: str) -> None:
         _, tensors = checkpoint.read(folder)
         checkpoint.assign(self.accelerator.unwrap_model(self.model), tensors, folder)
 
@@ -160,9 +202,19 @@ def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         step = path.name.removeprefix("checkpoint-")
         if not step.isdigit():
             continue
-        if (path / _LAST_FILE).is_file() and (path / checkpoint.CONFIG_FILE).is_file():
+        # A kill while it was written leaves the state out or cuts it off, one while it was removed
+        # leaves any of the files.
+        if all(any(path.glob(part)) for part in _PARTS) and _read_state(path) is not None:
             found.append((int(step), path))
         else:
-            logger.warning("%s was not written to its end: removed", path)
+            logger.warning("%s is not complete: removed", path)
             shutil.rmtree(path)
     return str(max(found)[1]) if found else None
+
+
+def _read_state(folder: Path) -> TrainerState | None:
+    """Transformers' state in a checkpoint; None if it was not written to its end."""
+    try:
+        return TrainerState.load_from_json(str(folder / _STATE_FILE))
+    except json.JSONDecodeError:
+        return None
