@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pemt_fast import cli_convert, cli_data, cli_machine, cli_multi_task
+from pemt_fast import cli_convert, cli_data, cli_machine, cli_multi_task, cli_protocol
 from pemt_fast.cli_data import (
     LabelStyleOption,
     MaxSourceLength,
@@ -252,6 +252,7 @@ def pretrain(
 
 cli_data.register(app)
 cli_multi_task.register(app)
+cli_protocol.register(app)
 cli_machine.register(app)
 cli_convert.register(app)
 

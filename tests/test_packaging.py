@@ -26,10 +26,13 @@ PACKAGE = "pemt_fast"
 
 # What each part may import; it may also import whatever those parts may.
 ARROWS = {
-    "cli": {"training", "cli_convert", "cli_data", "cli_machine", "cli_multi_task"},
+    "cli": {
+        "training", "cli_convert", "cli_data", "cli_machine", "cli_multi_task", "cli_protocol",
+    },
     "cli_convert": {"console", "interop"},
     "cli_data": {"console", "data", "training"},
     "cli_multi_task": {"cli_data", "console", "training"},
+    "cli_protocol": {"console", "training"},
     "cli_machine": {"console", "doctor", "tuning", "training", "variables"},
     "doctor": {"testing"},
     "tuning": {"ops"},

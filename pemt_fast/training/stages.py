@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from pemt_fast.attach import get_model
 from pemt_fast.data import LabelStyle, Prefix, Splits, Task
 from pemt_fast.methods.pemt_config import PemtConfig
+from pemt_fast.methods.task_config import TaskConfig
 from pemt_fast.t5 import T5Model
 from pemt_fast.training.fit import (
     encode,
@@ -71,16 +72,25 @@ class TaskData:
     prefix: Prefix = "none"
 
 
-def _run(
+def train_method(
     backbone: Backbone,
     task: TaskData,
-    config: PemtConfig,
+    config: PemtConfig | TaskConfig,
     options: TrainOptions,
     directory: Path,
     label: str,
 ) -> dict:
-    """Train `config` on `task`, or return what a finished run left."""
-    options = options.for_task(task.metrics, stage=config.stage)
+    """Train any method on one task, or return what a finished run left.
+
+    Args:
+        backbone: The frozen T5.
+        task: What to train on.
+        config: The method.
+        options: Optimisation; None becomes the task's own.
+        directory: The run directory.
+        label: What is being trained, for logs and results.
+    """
+    options = options.for_task(task.metrics, stage=getattr(config, "stage", 2))
     request = {
         "backbone": backbone.name,
         "task": task.name,
@@ -96,13 +106,13 @@ def _run(
     if (results := finished(directory, request, unrecorded=earlier)) is not None:
         return results
     set_seed(options.seed)
-    model = get_model(backbone.make(), config, backbone.tokenizer)
+    model = get_model(backbone.make(), cast(PemtConfig, config), backbone.tokenizer)
     try:
         results = fit(
             model, backbone.tokenizer, task.splits, task.metrics, options, directory, label=label
         )
         results["request"] = request
-        if config.stage == 2:
+        if isinstance(config, PemtConfig) and config.stage == 2:
             _, _, test = encode(task.splits, backbone.tokenizer, options)
             gates = mean_gates(model, backbone.tokenizer, test, batch_size=options.eval_batch_size)
             sources = list(cast(PemtConfig, model.adapter_config).sources)
@@ -129,7 +139,7 @@ def train_source(
         target=task.name, stage=1, source_rank=rank, source_kind=kind, published=published,
         description=task.description, prompt_length=task.prompt_length,
     )  # fmt: skip
-    return _run(backbone, task, config, options, Path(directory), f"source {task.name}")
+    return train_method(backbone, task, config, options, Path(directory), f"source {task.name}")
 
 
 def train_single(
@@ -144,7 +154,8 @@ def train_single(
         description=task.description,
         prompt_length=task.prompt_length,
     )
-    return _run(backbone, task, config, options, Path(directory), f"single adapter {task.name}")
+    label = f"single adapter {task.name}"
+    return train_method(backbone, task, config, options, Path(directory), label)
 
 
 def train_target(
@@ -182,7 +193,7 @@ def train_target(
         description=task.description,
         prompt_length=task.prompt_length,
     )
-    return _run(backbone, task, config, options, Path(directory), f"PEMT {task.name}")
+    return train_method(backbone, task, config, options, Path(directory), f"PEMT {task.name}")
 
 
 def score_untouched(backbone: Backbone, task: TaskData, options: TrainOptions) -> dict[str, float]:

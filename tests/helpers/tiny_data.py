@@ -1,4 +1,4 @@
-"""A tiny T5 on disk beside two data sets in the hub's schema, and the command line on them."""
+"""A tiny T5 on disk beside four data sets in the hub's schema, and the command line on them."""
 
 import json
 
@@ -12,9 +12,10 @@ WORDS = "good bad fine film plot dull bright the a was".split()
 
 
 def write_tiny_data(folder):
-    """Writes `t5`, `glue__sst2` and `glue__mrpc` into `folder` and returns it."""
+    """Writes `t5` and `glue__` sst2, cola, mrpc and rte into `folder` and returns it."""
     texts = ["sentence:", "sentence1:", "sentence2:", "negative", "positive", "equivalent",
-             "not_equivalent", *WORDS]  # fmt: skip
+             "not_equivalent", "acceptable", "unacceptable", "entailment", "not_entailment",
+             *WORDS]  # fmt: skip
     vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *texts])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -30,7 +31,9 @@ def write_tiny_data(folder):
             decoder_start_token_id=0,
         )
     ).save_pretrained(folder / "t5")  # fmt: skip
-    for name, columns in (("glue__sst2", ["sentence"]), ("glue__mrpc", ["sentence1", "sentence2"])):
+    one, two = ["sentence"], ["sentence1", "sentence2"]
+    for name, columns in (("sst2", one), ("cola", one), ("mrpc", two), ("rte", two)):
+        name = f"glue__{name}"
         (folder / name).mkdir()
         for split, count in (("train", 40), ("validation", 12)):
             rows = [
