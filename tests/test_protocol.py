@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from tiny_data import run_cli, write_tiny_data
 
 from pemt_fast.data import SOURCE_TASKS, TARGET_TASKS
@@ -273,6 +274,18 @@ def test_bad_requests_end_before_anything_is_written(folder, tmp_path, capsys, c
     assert run_protocol(folder, out, **changes) == 1
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [(None, 0, []), (None, 2, ["0", "1"]), ("3,5", 2, ["3", "5"]), ("GPU-1f,GPU-2e", 1, ["GPU-1f"])],
+)
+def test_each_gpu_has_a_name_for_a_worker(monkeypatch, visible, count, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert protocol_run._gpus() == expected
 
 
 def test_joining_takes_no_settings(finished, tmp_path, capsys):

@@ -105,6 +105,18 @@ def test_a_plan_may_grow_while_it_is_worked_off(tmp_path):
     assert set(queue_of(tmp_path).states().values()) == {State.done}
 
 
+@pytest.mark.parametrize("fails", [(), ("sources/a",)], ids=["done", "failed"])
+def test_what_ended_since_the_look_is_not_claimed(tmp_path, monkeypatch, fails):
+    """Between a worker's look at the states and its lock another one had the run."""
+    queue = queue_of(tmp_path)
+    before = queue.states()
+    work(queue_of(tmp_path, RUNS[:1]), train_into(tmp_path, fails))
+    monkeypatch.setattr(queue, "states", lambda runs: before)
+    claim, _ = queue.claim()
+    assert claim.run.name == "sources/b"
+    claim.abandon()
+
+
 def test_a_run_that_two_had_is_an_error(tmp_path):
     """What happens where locks hold on each machine alone."""
     queue = queue_of(tmp_path, RUNS[:1])
@@ -138,11 +150,11 @@ def share(folder):
 
 def hang(folder):
     """Claims the first run and never ends."""
-    work(queue_of(folder), lambda run: time.sleep(600))
+    work(queue_of(folder), lambda run: time.sleep(60))
 
 
 def start(target, *arguments):
-    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
 
