@@ -278,7 +278,7 @@ def test_bad_requests_end_before_anything_is_written(folder, tmp_path, capsys, c
 
 @pytest.mark.parametrize(
     ("visible", "count", "expected"),
-    [(None, 0, []), (None, 2, ["0", "1"]), ("3,5", 2, ["3", "5"]), ("GPU-1f,GPU-2e", 1, ["GPU-1f"])],
+    [(None, 0, []), (None, 2, ["0", "1"]), ("3,5", 2, ["3", "5"]), ("GPU-1f,GPU-2", 1, ["GPU-1f"])],
 )
 def test_each_gpu_has_a_name_for_a_worker(monkeypatch, visible, count, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)

@@ -154,7 +154,8 @@ def hang(folder):
 
 
 def start(target, *arguments):
-    process = multiprocessing.get_context("fork").Process(target=target, args=arguments, daemon=True)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
 
