@@ -87,7 +87,7 @@ def protocol(
 ) -> None:
     """PEMT's published experiment: sources, targets, baselines, seeds, shots, one table."""
     from pemt_fast.data import SOURCE_TASKS, TARGET_TASKS
-    from pemt_fast.training.protocol_plan import ProtocolRequest, read_plan
+    from pemt_fast.training.protocol_plan import ProtocolRequest, require_plan
     from pemt_fast.training.protocol_report import markdown, progress, write_report
     from pemt_fast.training.protocol_run import make_plan, run_protocol
 
@@ -114,9 +114,7 @@ def protocol(
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
     if plan or report:
-        found = make_plan(request, out) if request is not None else read_plan(out)
-        if found is None:
-            raise FileNotFoundError(f"--out: {out} holds no plan.json; name a --model to make one")
+        found = make_plan(request, out) if request is not None else require_plan(out)
         if report:
             _print(markdown(write_report(out)))
             return

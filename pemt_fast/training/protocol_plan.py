@@ -259,6 +259,17 @@ def read_plan(folder: Path) -> Plan | None:
     return Plan(ProtocolRequest(**values["request"]), runs, values["updates"])
 
 
+def require_plan(folder: Path) -> Plan:
+    """The plan of a directory.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    if (plan := read_plan(folder)) is None:
+        raise FileNotFoundError(f"{folder} holds no {PLAN_FILE}: say what to train")
+    return plan
+
+
 def write_plan(folder: Path, plan: Plan) -> None:
     """Write a plan; what the directory has planned already must stay as it is.
 

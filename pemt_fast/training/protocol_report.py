@@ -27,7 +27,7 @@ from pemt_fast.training.protocol_methods import PLAIN, get_method
 from pemt_fast.training.protocol_plan import (
     MRQA,
     Plan,
-    read_plan,
+    require_plan,
     shots_name,
     source_name,
     target_name,
@@ -217,9 +217,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     """Write the three files of what is finished; returns what `results.json` holds."""
     # Else an older view of another worker could be written last.
     with FileLock(folder / QUEUE / "report.lock"):
-        plan = read_plan(folder)
-        assert plan is not None, folder
-        results = json.loads(json.dumps(collect(folder, plan)))
+        results = json.loads(json.dumps(collect(folder, require_plan(folder))))
         write_json(folder / "results.json", results)
         texts = {"results.md": markdown(results), "results.csv": comma_separated(results)}
         for name, text in texts.items():

@@ -29,7 +29,6 @@ from pemt_fast.t5 import max_positions
 from pemt_fast.training.fit import encode, environment, finish
 from pemt_fast.training.protocol_methods import get_method, method_config
 from pemt_fast.training.protocol_plan import (
-    PLAN_FILE,
     SCORE,
     SOURCE,
     TARGET,
@@ -39,6 +38,7 @@ from pemt_fast.training.protocol_plan import (
     options_of,
     read_plan,
     require_extension,
+    require_plan,
     updates_of,
     write_plan,
 )
@@ -203,8 +203,8 @@ def run_protocol(
             raise ValueError(f"{name} must be at least 1, got {count}")
     if request is not None:
         write_plan(folder, make_plan(request, folder))
-    elif read_plan(folder) is None:
-        raise FileNotFoundError(f"{folder} holds no {PLAN_FILE}: say what to train")
+    else:
+        require_plan(folder)
     queue = open_queue(folder)
     if not join:
         for name in queue.retry():
@@ -221,20 +221,12 @@ def run_protocol(
 
 def open_queue(folder: Path) -> RunQueue:
     """The runs of a directory that has a plan."""
-
-    def load() -> Sequence[Run]:
-        plan = read_plan(folder)
-        assert plan is not None, folder
-        return plan.runs
-
-    return RunQueue(folder, load)
+    return RunQueue(folder, lambda: require_plan(folder).runs)
 
 
 def _work(folder: Path, report: Report, *, progress: bool = False) -> None:
     def train(run: Run) -> None:
-        plan = read_plan(folder)
-        assert plan is not None, folder
-        train_run(folder, plan, run, progress=progress)
+        train_run(folder, require_plan(folder), run, progress=progress)
 
     work(open_queue(folder), train, report=report, after=lambda: write_report(folder))
 
