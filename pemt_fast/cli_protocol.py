@@ -134,7 +134,7 @@ def protocol(
 
 
 def _print(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _require_no_settings(context: typer.Context) -> None:

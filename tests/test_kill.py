@@ -126,6 +126,51 @@ def test_same_bits_after(kill, folder, fork_server, undisturbed, tmp_path):
     assert_same(tmp_path, undisturbed)
 
 
+# --- pemt-fast multitask -------------------------------------------------------------------------
+
+PEML = Path("peml") / "seed1"
+
+
+def multitask(folder, out):
+    options = {
+        "--model": folder / "t5", "--data": folder, "--out": out, "--tasks": "sst2,mrpc",
+        "--methods": "peml", "--seeds": 1, "--steps": 7, "--batch-size": 4, "--units": 100,
+        "--limit-train": 12, "--limit-eval": 4, "--set": "prefix_width=8",
+    }  # fmt: skip
+    return ["multitask", *(str(word) for pair in options.items() for word in pair)]
+
+
+def searched(out):
+    tensors, _ = read_tensors(out / PEML / WEIGHTS)
+    results = json.loads((out / PEML / "results.json").read_text())
+    kept = {key: results[key] for key in ("scores", "steps")}
+    return (
+        {key: t.numpy().tobytes() for key, t in tensors.items()},
+        kept | {"architecture": results["search"]["architecture"]},
+        json.loads((out / PEML / "search" / "search.json").read_text())["networks"],
+    )
+
+
+@pytest.fixture(scope="module")
+def peml(folder, fork_server, tmp_path_factory):
+    out = tmp_path_factory.mktemp("peml")
+    assert run(fork_server, multitask(folder, out)) == 0
+    return searched(out)
+
+
+# Updates: 7 of the search, 7 of the training; every one is saved.
+@pytest.mark.parametrize("count", [5, 7 + 1, 7 + 5], ids=["search", "between", "training"])
+def test_peml_goes_on_after(count, folder, fork_server, peml, tmp_path):
+    arguments = multitask(folder, tmp_path)
+    assert run(fork_server, arguments, when="update", count=count) == -signal.SIGKILL
+    # What was done is not done again: so many updates are left, and one more is one too many.
+    left = 14 - (count - 1)
+    assert run(fork_server, arguments, when="update", count=left + 1) == 0
+    assert searched(tmp_path) == peml
+    names = {path.name for path in (tmp_path / PEML).rglob("*")}
+    assert "checkpoints" not in names and not any(name.endswith(".tmp") for name in names)
+
+
 def until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not (found := condition()):

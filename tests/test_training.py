@@ -112,6 +112,8 @@ def test_resume_after_a_kill_gives_the_same_weights(backbone, tmp_path, monkeypa
     shutil.copytree(saved, checkpoints / "checkpoint-5")
     (checkpoints / "checkpoint-5" / "trainer_state.json").unlink()
 
+    with pytest.raises(ValueError, match="holds an interrupted run with other settings"):
+        train_source(backbone, data("sort"), OPTIONS, tmp_path / "killed", rank=5)
     again = train_source(backbone, data("sort"), OPTIONS, tmp_path / "killed", rank=4)
     assert again["resumed"] and not whole["resumed"]
     assert not checkpoints.exists()

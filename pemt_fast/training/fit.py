@@ -37,6 +37,7 @@ logger = logging.getLogger("pemt_fast")
 
 RESULTS_FILE = "results.json"
 CHECKPOINTS = "checkpoints"
+REQUEST_FILE = "request.json"
 Rows = list[dict[str, list[int]]]
 
 
@@ -78,6 +79,22 @@ def finished(
     logger.info("%s: already finished, skipped", directory)
     tidy(directory)
     return results
+
+
+def begin(directory: Path, wanted: dict[str, object]) -> None:
+    """Note the request of a run beside its checkpoints.
+
+    Raises:
+        ValueError: those that are there are of another request.
+    """
+    path, text = directory / CHECKPOINTS / REQUEST_FILE, json.loads(json.dumps(wanted))
+    if path.is_file() and json.loads(path.read_text()) != text:
+        raise ValueError(
+            f"{directory}: holds an interrupted run with other settings; choose another output "
+            "directory or remove it"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, text)
 
 
 def environment() -> dict[str, object]:
@@ -165,6 +182,7 @@ def fit(
     directory: str | os.PathLike[str],
     *,
     label: str,
+    request: dict[str, object],
 ) -> dict:
     """Train, keep the best checkpoint by the mean of the metrics, test it, write everything.
 
@@ -176,6 +194,7 @@ def fit(
         options: Optimisation.
         directory: The run directory.
         label: What is being trained, for logs and results.
+        request: What a run that goes on here must have in common with the one that began.
 
     Returns:
         Scores, times and settings, for `finish`.
@@ -184,7 +203,7 @@ def fit(
     length = generation_length((train, validation, test))
     folder = Path(directory)
     checkpoints = folder / CHECKPOINTS
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    begin(folder, request)
     _drop_temporary(folder)
 
     def score(examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, float]:
@@ -227,6 +246,7 @@ def fit(
         "options": asdict(options),
         "config": model.adapter_config.to_dict(),
         "environment": environment(),
+        "request": request,
     }
     model.save_pretrained(folder)
     return results

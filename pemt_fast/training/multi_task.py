@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,8 @@ from pemt_fast.data.style import require_style
 from pemt_fast.methods.peml import PemlConfig
 from pemt_fast.methods.task_config import TaskConfig
 from pemt_fast.training.fit import (
+    CHECKPOINTS,
+    begin,
     environment,
     finish,
     finished,
@@ -64,7 +65,7 @@ from pemt_fast.training.options import TrainOptions
 from pemt_fast.training.peml_run import search_prefix
 from pemt_fast.training.run import load_backbone
 from pemt_fast.training.stages import Backbone, TaskData
-from pemt_fast.training.trainer import AdapterTrainer
+from pemt_fast.training.trainer import AdapterTrainer, last_complete_checkpoint
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,10 @@ def train_mixture(
     tokenizer = backbone.tokenizer
     train, test = encode_tasks(tasks, tokenizer, options, prefix=prefix)
     length = generation_length([train, *test.values()])
-    arguments = options.arguments(folder / "checkpoints", length, evaluates=False)
+    arguments = options.arguments(folder / CHECKPOINTS, length, evaluates=False)
     data = trainer_data(train, tokenizer, temperature)
+    trained(config, backbone.make())  # nothing is written for what does not fit the model
+    begin(folder, request)
     search = None
     if isinstance(config, PemlConfig) and config.searches:
         config, search = search_prefix(
@@ -174,9 +177,7 @@ def train_mixture(
     try:
         trainer = AdapterTrainer(model=model, args=arguments, **data)
         trainer.remove_callback(transformers.PrinterCallback)
-        started = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - started
+        seconds = trainer.train_from(last_complete_checkpoint(folder / CHECKPOINTS))
         scores = score_tasks(
             model, tokenizer, tasks, test, batch_size=options.eval_batch_size, max_length=length
         )

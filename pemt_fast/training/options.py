@@ -123,11 +123,13 @@ class TrainOptions:
         )
 
     def arguments(
-        self, output_dir: Path, generation_length: int, *, evaluates: bool = True
-    ) -> Seq2SeqTrainingArguments:
+        self, output_dir: Path, generation_length: int, *, evaluates: bool = True,
+        saves: bool = True,
+    ) -> Seq2SeqTrainingArguments:  # fmt: skip
         """Arguments of transformers' trainer: evaluate, keep the best and the last checkpoint.
 
-        Without `evaluates` nothing is kept: the last weights are the result.
+        Without `evaluates` the last weights are the result; checkpoints then come ten times, for
+        who is killed, or without `saves` never.
 
         Raises:
             ValueError: the batch size or the epochs are left to a task, see `for_task`.
@@ -135,8 +137,11 @@ class TrainOptions:
         if self.batch_size is None or self.epochs is None:
             raise ValueError("batch_size and epochs must be set: without a task none are published")
         strategy = "epoch" if self.eval_every is None else "steps"
+        intervals = self._intervals()
+        saving = strategy
         if not evaluates:
-            strategy = "no"
+            strategy, saving = "no", "steps" if saves else "no"
+            intervals = {"save_steps": 0.1} if saves else {}
         return Seq2SeqTrainingArguments(
             output_dir=str(output_dir),
             max_steps=self.steps or -1,
@@ -149,9 +154,9 @@ class TrainOptions:
             per_device_train_batch_size=self.batch_size,
             per_device_eval_batch_size=self.eval_batch_size,
             eval_strategy=strategy,
-            save_strategy=strategy,
+            save_strategy=saving,
             logging_strategy=strategy,
-            **self._intervals(),
+            **intervals,
             # The best and the last one. With 1 transformers removes the last one in the end: who is
             # killed after that would train again from the best one on.
             save_total_limit=2,

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +16,15 @@ from transformers import IntervalStrategy, TrainerCallback, set_seed
 
 from pemt_fast.attach import get_model
 from pemt_fast.methods.peml import PemlConfig
+from pemt_fast.training.fit import CHECKPOINTS, tidy, write_json
 from pemt_fast.training.multi_task_methods import sized
 from pemt_fast.training.search import SearchTrainer
 from pemt_fast.training.search_report import write_search
 from pemt_fast.training.stages import Backbone
+from pemt_fast.training.trainer import last_complete_checkpoint
 
 POINTS = 50  # of a history, about
+FOUND_FILE = "found.json"
 
 
 def search_prefix(
@@ -41,7 +44,8 @@ def search_prefix(
         backbone: The frozen T5.
         config: Of the search.
         arguments: Of transformers' trainer; the search takes as many steps as they say.
-        directory: For the report; None: no report.
+        directory: For the report, for checkpoints and for what was found; a search that a kill
+            interrupted goes on there, one that ended is not repeated. None: for nothing.
         budget: Trained parameters of LoRA and a plain prefix, for LoRA's rank; None: the config's.
         architecture_share: Part of the data set's rows, evenly spread, that the architecture alone
             is trained on (bi-level); 0: no such part.
@@ -55,7 +59,13 @@ def search_prefix(
     if budget is not None:
         plain = sized(replace(config, prefix_depth=0), base, budget)
         config = replace(config, r=plain.r, alpha=plain.alpha)
-    arguments = copy.copy(arguments)
+    if directory is not None and (directory / FOUND_FILE).is_file():
+        found = json.loads((directory / FOUND_FILE).read_text())
+        return replace(config, architecture=found["architecture"]), found
+    arguments, resumed = copy.copy(arguments), None
+    if directory is not None:
+        arguments.output_dir = str(directory / CHECKPOINTS)
+        resumed = last_complete_checkpoint(arguments.output_dir)
     arguments.logging_strategy = IntervalStrategy.STEPS  # the history of the search
     arguments.logging_steps = max(arguments.max_steps // POINTS, 1)
     if architecture_share:
@@ -69,9 +79,7 @@ def search_prefix(
         trainer.remove_callback(transformers.PrinterCallback)
         for callback in callbacks:
             trainer.add_callback(callback)
-        started = time.perf_counter()
-        trainer.train()
-        seconds = round(time.perf_counter() - started, 1)
+        seconds = round(trainer.train_from(resumed), 1)
         architecture = model.architecture()
         if directory is not None:
             write_search(model, trainer.history, directory, seconds=seconds)
@@ -79,6 +87,9 @@ def search_prefix(
             "seconds": seconds, "steps": trainer.state.global_step, "architecture": architecture,
             "trainable_parameters": model.count_parameters()[0],
         }  # fmt: skip
+        if directory is not None:
+            write_json(directory / FOUND_FILE, found)
+            tidy(directory)
         return replace(config, architecture=architecture), found
     finally:
         model.unload()

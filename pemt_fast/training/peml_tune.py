@@ -230,7 +230,7 @@ class _Trials:
         config, options = self.applied(values)
         data = trainer_data(self.train, self.backbone.tokenizer, self.request.temperature)
         with tempfile.TemporaryDirectory() as folder:  # trainers want one, nothing is saved
-            arguments = options.arguments(Path(folder), self.length, evaluates=False)
+            arguments = options.arguments(Path(folder), self.length, evaluates=False, saves=False)
             return self._trained(config, arguments, data, report)
 
     def _trained(

@@ -109,9 +109,9 @@ def train_method(
     model = get_model(backbone.make(), cast(PemtConfig, config), backbone.tokenizer)
     try:
         results = fit(
-            model, backbone.tokenizer, task.splits, task.metrics, options, directory, label=label
-        )
-        results["request"] = request
+            model, backbone.tokenizer, task.splits, task.metrics, options, directory,
+            label=label, request=request,
+        )  # fmt: skip
         if isinstance(config, PemtConfig) and config.stage == 2:
             _, _, test = encode(task.splits, backbone.tokenizer, options)
             gates = mean_gates(model, backbone.tokenizer, test, batch_size=options.eval_batch_size)

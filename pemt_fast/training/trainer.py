@@ -74,7 +74,7 @@ class AdapterTrainer(Seq2SeqTrainer):
             callback.on_init_end(self.args, self.state, self.control, model=self.model)
 
     def train_from(self, folder: str | None) -> float:
-        """Train from a checkpoint on, None: from the start, and take the best checkpoint's weights.
+        """Train from a checkpoint on, None: from the start; take the best weights if any are.
 
         Weights and scores are those of a training that was never interrupted, bit for bit on the
         same machine with the same number of threads.
@@ -94,13 +94,8 @@ class AdapterTrainer(Seq2SeqTrainer):
         else:
             # transformers would train one update more where the last one is not an epoch's last.
             self.state = state
-            self._load_best_model()
+            self._assign(str(folder)) if state.best_global_step is None else self._load_best_model()
         return self._elapsed()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in transformers, with the seconds of training so far."""
-        logs[_ELAPSED] = round(self._elapsed(), 3)
-        super().log(logs, start_time)
 
     def _elapsed(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
@@ -153,6 +148,10 @@ class AdapterTrainer(Seq2SeqTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Where transformers looks for what a checkpoint's state will hold; not every run logs.
+        self.state.log_history.append(
+            {"step": self.state.global_step, _ELAPSED: round(self._elapsed(), 3)}
+        )
         if not self.args.should_save and not self._is_sharded:
             return
         folder = str(output_dir or self.args.output_dir)
