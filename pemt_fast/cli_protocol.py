@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pemt_fast.console import console, print_table, split_names
+from pemt_fast.console import console, split_names
 
 # Options that go with a plan that is there; all others make one.
 _WITHOUT_PLAN = {"out", "workers", "threads", "plan", "join", "report"}
@@ -119,8 +119,12 @@ def protocol(
             _print(markdown(write_report(out)))
             return
         rows, total = progress(out, found)
-        print_table(str(out), ("run", "state", "needs", "updates", "seconds"), rows)
-        console.print(total, soft_wrap=True)
+        # Not a table of the console's: it would cut the names of runs to the terminal's width.
+        rows = [("run", "state", "needs", "updates", "seconds"), *rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            _print("  ".join(map(str.ljust, row, widths)).rstrip())
+        _print(total)
         return
     results = run_protocol(out, request, workers=workers, threads=threads, join=join, report=_print)
     _print(markdown(results))

@@ -105,13 +105,11 @@ KILLS = {
     "after the best checkpoint": ("update", 7 + 7 + 5 + 5),
     "writing weights of a checkpoint": ("weights", 3),
     "writing the final weights of a source": ("weights", 5),
-    "writing the final weights of a target": ("weights", 2 * 5 + 4),
     "between the final weights and their config": ("between", 5),
     "writing the optimizer": ("optimizer", 2),
     "writing the state of the last checkpoint": ("state", 4),
     "removing a checkpoint": ("removal", 1),
     "before the results": ("results", 1),
-    "before the results of a target": ("results", 3),
     "after the results": ("tidying", 1),
 }
 

@@ -225,7 +225,7 @@ def test_plan_shows_states_and_writes_nothing(folder, done, tmp_path, capsys):
     shutil.rmtree(done / "pemt/4-shot/mrpc/seed2")
     assert run_cli("protocol", "--out", done, "--plan") == 0
     shown = capsys.readouterr().out
-    assert "4 done, 1 waiting; 8 updates; about 0.0 h of one worker left" in shown
+    assert "4 done, 1 waiting; 8 updates; about 0 min of one worker left" in shown
 
 
 def test_a_failed_run_is_reported_and_tried_again(folder, tmp_path, monkeypatch, capsys):

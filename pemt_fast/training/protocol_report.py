@@ -266,7 +266,8 @@ def progress(folder: Path, plan: Plan) -> tuple[list[tuple[str, ...]], str]:
     )
     total = f"{len(rows)} runs: {counts}; {sum(plan.updates.values()):,} updates"
     if left:
-        total += f"; about {left / 3600:.1f} h of one worker left"
+        hours = f"{left / 3600:.1f} h" if left > 7200 else f"{left / 60:.0f} min"
+        total += f"; about {hours} of one worker left"
     if unknown:
         total += f"; {unknown} runs cannot be estimated before one like them is done"
     return rows, total
