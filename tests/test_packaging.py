@@ -27,7 +27,12 @@ PACKAGE = "pemt_fast"
 # What each part may import; it may also import whatever those parts may.
 ARROWS = {
     "cli": {
-        "training", "cli_convert", "cli_data", "cli_machine", "cli_multi_task", "cli_protocol",
+        "training",
+        "cli_convert",
+        "cli_data",
+        "cli_machine",
+        "cli_multi_task",
+        "cli_protocol",
     },
     "cli_convert": {"console", "interop"},
     "cli_data": {"console", "data", "training"},
