@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pemt_fast.cli_data import LabelStyleOption, PrefixOption
 from pemt_fast.console import console, split_names
 
 # Options that go with a plan that is there; all others make one.
@@ -54,7 +55,7 @@ def protocol(
     aux_weight: Annotated[float, typer.Option(help="Weight of the Task Sparsity Loss.")] = 0.1,
     published: Annotated[bool, typer.Option(help="The released code's defects too.")] = False,
     source_lr: Annotated[float, typer.Option()] = 5e-4,
-    source_epochs: Annotated[float, typer.Option()] = 5,
+    source_epochs: Annotated[float | None, typer.Option(help="Default: 5.")] = None,
     source_steps: Annotated[int | None, typer.Option(help="Updates instead of epochs.")] = None,
     source_warmup: Annotated[
         int | None, typer.Option(help="Updates; default: 500, a tenth of --source-steps at most.")
@@ -69,7 +70,7 @@ def protocol(
     ] = None,
     target_steps: Annotated[int | None, typer.Option(help="Updates instead of epochs.")] = None,
     target_batch_size: Annotated[
-        int | None, typer.Option(help="Default: the shots; with full data 32 to 128 by task.")
+        int | None, typer.Option(help="Default: the shots; with full data 32 to 100 by task.")
     ] = None,
     rate: Annotated[
         list[str] | None, typer.Option(help="Of one method, method=value; repeatable.")
@@ -82,6 +83,8 @@ def protocol(
     ] = None,
     limit_eval: Annotated[int | None, typer.Option(help="Examples to evaluate at most.")] = None,
     data_seed: Annotated[int, typer.Option(help="Of splits and few-shot draws.")] = 42,
+    label_style: LabelStyleOption = "name",
+    prefix: PrefixOption = "none",
     bf16: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Time for memory.")] = False,
 ) -> None:
@@ -110,7 +113,8 @@ def protocol(
             target_epochs=target_epochs, target_steps=target_steps,
             target_batch_size=target_batch_size, rates=_rates(rate or []), eval_every=eval_every,
             eval_batch_size=eval_batch_size, max_source_length=max_source_length,
-            limit_train=limit_train, limit_eval=limit_eval, data_seed=data_seed, bf16=bf16,
+            limit_train=limit_train, limit_eval=limit_eval, data_seed=data_seed,
+            label_style=label_style, prefix=prefix, bf16=bf16,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
     if plan or report:

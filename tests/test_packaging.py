@@ -37,7 +37,7 @@ ARROWS = {
     "cli_convert": {"console", "interop"},
     "cli_data": {"console", "data", "training"},
     "cli_multi_task": {"cli_data", "console", "training"},
-    "cli_protocol": {"console", "training"},
+    "cli_protocol": {"cli_data", "console", "training"},
     "cli_machine": {"console", "doctor", "tuning", "training", "variables"},
     "doctor": {"testing"},
     "tuning": {"ops"},

@@ -71,7 +71,7 @@ def test_default_plan_is_the_published_one():
         ("pemt/all/boolq/seed1", {"batch_size": 64}),
         ("pemt/all/rte/seed1", {"batch_size": 64, "epochs": 20}),
         ("pemt/all/hotpotqa/seed1", {"batch_size": 32, "epochs": 5}),
-        ("pemt/all/yelp_polarity/seed1", {"batch_size": 128, "epochs": 20}),
+        ("pemt/all/yelp_polarity/seed1", {"batch_size": 100, "epochs": 20}),
         ("pemt/8-shot/cb/seed1", {"learning_rate": 3e-4, "batch_size": 8, "epochs": 20,
                                   "max_source_length": 256}),
         ("pemt/8-shot/multirc/seed1", {"batch_size": 8, "epochs": 20, "max_source_length": 256}),

@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from pemt_fast.data import SOURCE_TASKS, TARGET_TASKS, Task, get_task
+from pemt_fast.data import SOURCE_TASKS, TARGET_TASKS, LabelStyle, Prefix, Task, get_task
 from pemt_fast.training.fit import write_json
 from pemt_fast.training.options import STAGE_ONE, STAGE_TWO, TrainOptions
 from pemt_fast.training.protocol_methods import PLAIN, get_method
@@ -29,13 +29,6 @@ from pemt_fast.training.run_queue import QUEUE, Run, check_runs
 PLAN_FILE = "plan.json"
 FORMAT = 1
 SOURCE, TARGET, SCORE = "source", "target", "score"
-
-MRQA = ("nq", "hotpotqa", "newsqa", "searchqa")
-# Published batch sizes that are not 128 and numbers of epochs that are not 20.
-_SOURCE_BATCHES = {"squad": 256, "record": 256}
-_BATCHES = {"cb": 32, "wsc": 32, "multirc": 64, "boolq": 64, "rte": 64, **dict.fromkeys(MRQA, 32)}
-_EPOCHS = {"multirc": 10, **dict.fromkeys(MRQA, 5)}
-_BATCH, _SOURCE_LENGTH = 128, 256
 
 # Fields of a request that may grow in a directory.
 _GROWING = ("targets", "methods", "seeds", "shots")
@@ -67,6 +60,7 @@ class ProtocolRequest:
         limit_train: Examples of a source, and of a target without `shots`, at most.
         limit_eval: Validation and test examples at most.
         data_seed: Of splits and few-shot draws.
+        label_style, prefix: How rows become text, see `load_splits`.
         bf16, gradient_checkpointing: See `TrainOptions`.
     """
 
@@ -83,7 +77,7 @@ class ProtocolRequest:
     aux_weight: float = 0.1
     published: bool = False
     source_lr: float = STAGE_ONE.learning_rate
-    source_epochs: float = STAGE_ONE.epochs
+    source_epochs: float | None = None
     source_steps: int | None = None
     source_warmup: int | None = None
     source_batch_size: int | None = None
@@ -99,6 +93,8 @@ class ProtocolRequest:
     limit_train: int | None = None
     limit_eval: int | None = None
     data_seed: int = 42
+    label_style: LabelStyle = "name"
+    prefix: Prefix = "none"
     bf16: bool = False
     gradient_checkpointing: bool = False
 
@@ -138,11 +134,10 @@ def source_options(request: ProtocolRequest, task: Task) -> TrainOptions:
         steps=request.source_steps,
         epochs=request.source_epochs,
         warmup_steps=warmup,
-        batch_size=request.source_batch_size or _SOURCE_BATCHES.get(task.name, _BATCH),
-        max_source_length=request.max_source_length or _task_length(task),
+        batch_size=request.source_batch_size,
         seed=request.source_seed,
         **_common(request),
-    )
+    ).for_task(task, stage=1)
 
 
 def target_options(
@@ -150,27 +145,19 @@ def target_options(
 ) -> TrainOptions:
     """Optimisation of a method on a target; with few shots the batch size is their number."""
     rate = request.rates.get(method) or get_method(method).learning_rate or request.target_lr
-    few = shots is not None
-    # The few-shot script has 256 for all its tasks, but question answering was not among them.
-    length = _SOURCE_LENGTH if few and task.kind != "qa" else _task_length(task)
-    published = STAGE_TWO.epochs if few else _EPOCHS.get(task.name, STAGE_TWO.epochs)
     return TrainOptions(
         learning_rate=rate,
         steps=request.target_steps,
-        epochs=request.target_epochs or published,
-        batch_size=request.target_batch_size or shots or _BATCHES.get(task.name, _BATCH),
-        max_source_length=request.max_source_length or length,
+        epochs=request.target_epochs,
+        batch_size=request.target_batch_size,
         seed=seed,
         **_common(request),
-    )
-
-
-def _task_length(task: Task) -> int:
-    return getattr(task, "max_source_length", None) or _SOURCE_LENGTH
+    ).for_task(task, stage=2, few_shot=shots)
 
 
 def _common(request: ProtocolRequest) -> dict[str, Any]:
     return {
+        "max_source_length": request.max_source_length,
         "eval_every": request.eval_every, "eval_batch_size": request.eval_batch_size,
         "bf16": request.bf16, "gradient_checkpointing": request.gradient_checkpointing,
         "progress": False,

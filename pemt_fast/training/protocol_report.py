@@ -23,9 +23,9 @@ from filelock import FileLock
 from pemt_fast.checkpoint import replace_file
 from pemt_fast.data import get_task
 from pemt_fast.training.fit import environment, read_results, write_json
+from pemt_fast.training.options import MRQA
 from pemt_fast.training.protocol_methods import PLAIN, get_method
 from pemt_fast.training.protocol_plan import (
-    MRQA,
     Plan,
     require_plan,
     shots_name,
@@ -42,7 +42,7 @@ _OF_DATASET = {"nyu-mll/glue": "GLUE", "aps/super_glue": "SuperGLUE"}
 
 def benchmark(task: str) -> str:
     """The benchmark under which a target is shown."""
-    return "MRQA 2019" if task in MRQA else _OF_DATASET.get(get_task(task).dataset, "others")
+    return "MRQA 2019" if task in MRQA else _OF_DATASET.get(get_task(task).dataset or "", "others")
 
 
 def by_benchmark(targets: Sequence[str]) -> list[str]:
@@ -177,7 +177,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines.append(
         "Scores in % of the test part, the mean of a task's metrics; mean and sample standard "
         f"deviation over the seeds {', '.join(map(str, seeds))} of training. Trained parameters "
-        "and seconds (training and validation) are means over the runs of the row."
+        "and seconds (training and validation) are means over the runs of the row. Label style "
+        f"{results['request']['label_style']}, prefix {results['request']['prefix']}."
     )
     if left := [n for n, run in results["runs"].items() if run["state"] != State.done]:
         lines += ["", f"{len(left)} of {len(results['runs'])} runs are not done."]

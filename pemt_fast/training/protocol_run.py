@@ -122,7 +122,7 @@ def _load(request: ProtocolRequest, run: Run) -> TaskData:
     shots = run.request["shots"]
     asked = TrainRequest(
         request.model, request.sources, data_dir=request.data_dir, limit_eval=request.limit_eval,
-        data_seed=request.data_seed,
+        data_seed=request.data_seed, label_style=request.label_style, prefix=request.prefix,
     )  # fmt: skip
     return load_task(
         run.request["task"], asked, few_shot=shots,
