@@ -182,6 +182,48 @@ def summary(rows: list[dict[str, Any]], peer: str) -> list[str]:
     return lines
 
 
+OVERVIEW = "README.md"
+
+
+def overview(folder: Path) -> str:
+    """The newest result of each library and device in one table."""
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        stamp = found["environment"]
+        key = (found.get("peer", "peft"), stamp["gpu"] or stamp["cpu"])
+        if key not in newest or stamp["date"] > newest[key]["environment"]["date"]:
+            newest[key] = found
+    lines = [
+        "# `fuse(model)`: one added line\n",
+        "Models with adapters of other libraries, whole T5-base, before and after "
+        "`pemt_fast.fuse(model)`: how often faster, and the peak memory of a call beyond what the "
+        "model takes. Logits and every gradient were compared with float64 before a cell was "
+        "timed; each page has the times, distances and versions. Below 1 is slower.\n",
+        "| library | case | dtype | × forward | × step | step, MiB | fused |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for (peer, _), found in newest.items():
+        cells: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in found["rows"]:
+            cells.setdefault((row["case"], row["dtype"]), {})[row["mode"]] = row
+        for (case, dtype), modes in cells.items():
+            shown = [
+                f"{modes[mode]['speedup']:.2f}" if "ms" in modes.get(mode, {}) else "–"
+                for mode in (FORWARD, STEP)
+            ]
+            memory = modes.get(STEP, {}).get("memory_mib") or {}
+            for form in (peer, FUSED):
+                value = memory.get(form)
+                shown.append("–" if value is None else f"{value:.0f}")
+            lines.append(f"| {peer} | {case} | {dtype} | {' | '.join(shown)} |")
+    lines.append("")
+    for (peer, device), found in newest.items():
+        lines.append(f"{peer}, {device}, commit {found['environment']['commit']}:\n")
+        lines += [*summary(found["rows"], peer), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def run_command(
     cases: Sequence[Any],
     peer: str,
@@ -211,6 +253,7 @@ def run_command(
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(page(found), encoding="utf-8")
         say(case.name)
+    (path.parent / OVERVIEW).write_text(overview(path.parent), encoding="utf-8")
     say(page(found))
     say(f"written: {path}")
     return int(any("error" in row for row in found["rows"]))

@@ -62,6 +62,19 @@ def test_committed_pages_are_those_of_their_results():
     for path in found:
         result = json.loads(path.read_text())
         assert path.with_suffix(".md").read_text() == fuse_measure.page(result), path
+    folder = found[0].parent
+    assert (folder / fuse_measure.OVERVIEW).read_text() == fuse_measure.overview(folder)
+
+
+def test_the_overview_takes_the_newest_result_and_shows_what_is_missing(tmp_path):
+    row = {"case": "c", "dtype": "fp32", "mode": "forward", "ms": {}, "speedup": 0.5}
+    for day, speedup in ((1, 0.5), (3, 2.0), (2, 0.7)):
+        stamp = STAMP | {"date": f"2026-11-0{day}T00"}
+        result = {"environment": stamp, "peer": "adapters", "rows": [row | {"speedup": speedup}]}
+        (tmp_path / f"{day}.json").write_text(json.dumps(result))
+    text = fuse_measure.overview(tmp_path)
+    assert "| adapters | c | fp32 | 2.00 | – | – | – |" in text
+    assert "0.50" not in text and "0.70" not in text
 
 
 def test_a_gradient_of_zero_is_not_compared():
