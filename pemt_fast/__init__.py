@@ -42,6 +42,7 @@ _EXPORTS = {
     "load_adapterhub": "pemt_fast.interop.adapterhub_files",
     "load_mttl": "pemt_fast.interop.mttl_files",
     "load_peft": "pemt_fast.interop.peft_files",
+    "load_peft_prefix": "pemt_fast.interop.peft_prefix",
     "load_published_pemt": "pemt_fast.interop.published_pemt",
     "published_names": "pemt_fast.interop.published_pemt",
     "shard": "pemt_fast.sharding",
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from pemt_fast.interop.adapterhub_files import export_adapterhub, load_adapterhub
     from pemt_fast.interop.mttl_files import load_mttl
     from pemt_fast.interop.peft_files import export_peft_lora, export_peft_poly, load_peft
-    from pemt_fast.interop.peft_prefix import export_peft_prefix
+    from pemt_fast.interop.peft_prefix import export_peft_prefix, load_peft_prefix
     from pemt_fast.interop.published_pemt import load_published_pemt, published_names
     from pemt_fast.linear_model import LinearAdapterModel
     from pemt_fast.methods.bottleneck import BottleneckConfig

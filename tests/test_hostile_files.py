@@ -238,6 +238,33 @@ def test_pickles_of_mttl(damage: Callable[[Path], None], message: str) -> None:
         pemt_fast.load_mttl(tiny_t5(), path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": HUGE}, "r = 1000000000000 is no size"),
+        ({"r": 50_000}, "does not fit its tensors"),
+        ({"r": -1}, "r must be an integer of at least 1"),
+        ({"r": True}, "r must be an integer of at least 1"),
+        ({"peft_type": "POLY", "n_tasks": HUGE}, "n_tasks = 1000000000000 is no size"),
+        ({"peft_type": "POLY", "n_tasks": 60_000, "n_skills": 60_000, "n_splits": 1},
+         "far larger than its tensors"),
+        ({"peft_type": "POLY"}, "n_tasks must be an integer of at least 1, got None"),
+        ({"rank_pattern": {"(x+)+y": 2}}, "must map names of layers to numbers"),
+        ({"lora_alpha": None}, "lora_alpha must be a number"),
+        ({"target_modules": HUGE}, "is no size"),
+    ],
+)  # fmt: skip
+def test_peft_configs(changes: dict[str, Any], message: str) -> None:
+    model = pemt_fast.get_model(tiny_t5(), pemt_fast.LoraConfig(r=2))
+    pemt_fast.export_peft_lora(model, "peft")
+    path = Path("peft/adapter_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    t5 = tiny_t5()
+    with pytest.raises(ValueError, match=message):
+        pemt_fast.load_peft(t5, "peft")
+    assert not getattr(t5, "_pemt_fast_attached", False)
+
+
 def test_old_files_of_tensors_are_read() -> None:
     tensors = {"a": torch.arange(70_000.0), "b": torch.ones(3, 2).half()}
     torch.save(tensors, "old.pt", _use_new_zipfile_serialization=False)

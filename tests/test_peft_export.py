@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from linear_models import METHODS, MODELS, TASKS, adapted, tiny_inputs, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from t5_factory import randomise
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -114,6 +114,58 @@ def test_peft_has_the_same_prefix(make, changes, tmp_path):
     del inputs["labels"]
     tokens = [m.generate(**inputs, max_new_tokens=6, do_sample=False) for m in (ours, theirs)]
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("projects", [False, True])
+@pytest.mark.parametrize("make", [lambda: tiny_model("llama"), tiny_qwen], ids=["llama", "qwen"])
+def test_peft_prefix_comes_here(make, projects, tmp_path):
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=projects,
+        encoder_hidden_size=12,
+    )  # fmt: skip
+    theirs = randomise(peft.get_peft_model(make(), config), scale=0.5).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, inputs = (
+        pemt_fast.load_peft_prefix(make(), tmp_path / "theirs").eval(),
+        tiny_inputs("llama"),
+    )
+    seen = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected, actual = theirs(**inputs).logits[seen], ours(**inputs).logits[seen]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    pemt_fast.export_peft_prefix(ours, tmp_path / "ours")
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("theirs", "ours")]
+    first, again = (load_file(file)["prompt_embeddings"] for file in files)
+    # Turned back and forth: keys up to rounding, values bit by bit.
+    torch.testing.assert_close(again, first, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_no_prefix_is_refused(tmp_path):
+    ours = prefixed(tiny_model("llama"))
+    pemt_fast.export_peft_prefix(ours, tmp_path)
+    config, weights = (tmp_path / f"adapter_{n}" for n in ("config.json", "model.safetensors"))
+    good, tensors = json.loads(config.read_text()), load_file(weights)
+    llama = tiny_model("llama")
+    names = list(llama.state_dict())
+    for changes, embeddings, message in (
+        ({"peft_type": "LORA"}, None, "peft_type must be PREFIX_TUNING, got 'LORA'"),
+        (
+            {},
+            {"prompt_embeddings": torch.zeros(5, 7)},
+            "columns for this model, got 7",
+        ),
+        ({}, {"prompt_embeddings": torch.zeros(5)}, "expected prompt_embeddings of two dimensions"),
+        ({}, tensors | {"more": torch.zeros(1)}, "and nothing else, found"),
+    ):
+        config.write_text(json.dumps(good | changes))
+        save_file(tensors if embeddings is None else embeddings, weights)
+        with pytest.raises(ValueError, match=message):
+            pemt_fast.load_peft_prefix(llama, tmp_path)
+        assert list(llama.state_dict()) == names
+    with pytest.raises(ValueError, match="must be decoder-only"):
+        save_file(tensors, weights)
+        config.write_text(json.dumps(good))
+        pemt_fast.load_peft_prefix(tiny_model("t5"), tmp_path)
 
 
 def test_a_merged_lora_may_be_beside_the_prefix(tmp_path):

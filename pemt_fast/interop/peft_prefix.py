@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prefix of keys and values written as peft's `PREFIX_TUNING`, where that can say the same.
+"""A prefix of keys and values as peft's `PREFIX_TUNING`, both ways, where it can say the same.
 
 peft stores `prompt_embeddings [P, layers·2·d]`, keys of a layer before its values, and puts them
 into the cache, so that the text begins at position P. Ours have no position. Where positions are
@@ -15,13 +15,18 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pemt_fast.attach import get_model
+from pemt_fast.checkpoint import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from pemt_fast.interop.peft_files import write_peft
+from pemt_fast.methods.peml import PemlConfig
 from pemt_fast.nn.prefix_attention import AttentionPrefix
+from pemt_fast.safe_files import allocate_at_most, count_elements, read_json, read_tensors
 
 if TYPE_CHECKING:
     from pemt_fast.peml_model import PemlModel
@@ -76,6 +81,52 @@ def export_peft_prefix(model: PemlModel, directory: str | os.PathLike[str]) -> N
     }  # fmt: skip
     prompt = torch.cat(rows, 1).to(rows[1].dtype).contiguous().cpu()
     write_peft(base, config, {"prompt_embeddings": prompt}, directory)
+
+
+@torch.no_grad()
+def load_peft_prefix(model: Any, directory: str | os.PathLike[str]) -> PemlModel:
+    """Attach a prefix that peft's `PREFIX_TUNING` wrote to a decoder-only model.
+
+    As a `PemlConfig` without LoRA and without networks; the same outputs up to rounding.
+
+    Args:
+        model: Freshly loaded, with rotary positions.
+        directory: With `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: another kind of adapter, a prefix that cannot be said here, or tensors that do
+            not fit; the message names it, and the model is left as it was.
+    """
+    path, weights = (Path(directory) / n for n in (PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE))
+    if (kind := read_json(path).get("peft_type")) != "PREFIX_TUNING":
+        raise ValueError(f"{path}: peft_type must be PREFIX_TUNING, got {kind!r}")
+    tensors, _ = read_tensors(weights)
+    prompt = tensors.get("prompt_embeddings")
+    if len(tensors) != 1 or prompt is None or prompt.dim() != 2:
+        raise ValueError(
+            f"{weights}: expected prompt_embeddings of two dimensions and nothing else, found "
+            f"{sorted(tensors)[:3]}"
+        )
+    rotary, length = _rotary(model), len(prompt)
+    config = PemlConfig(prefix_length=length, prefix_depth=0, target_modules=())
+    with allocate_at_most(prompt.numel(), count_elements(model.parameters()), path):
+        adapted = get_model(model, config)
+    prefixes = adapted.prefixes()
+    widths = [2 * prefix.heads * prefix.width for prefix in prefixes.values()]
+    if sum(widths) != prompt.shape[1]:
+        adapted.unload()
+        raise ValueError(
+            f"{weights}: prompt_embeddings must have {sum(widths)} columns for this model, got "
+            f"{prompt.shape[1]}"
+        )
+    for (name, prefix), rows in zip(prefixes.items(), prompt.split(widths, 1), strict=True):
+        source: Any = prefix.source
+        key, value = rows.to(source.both).chunk(2, 1)
+        key = key.unflatten(1, (prefix.heads, prefix.width)).transpose(0, 1)
+        key = _turned(key, -length, rotary, model.get_submodule(name))
+        source.both.copy_(torch.cat([key.transpose(0, 1).flatten(1), value.to(key)], 1))
+    return adapted
 
 
 def _rotary(base: Any) -> Any:
