@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from t5_factory import VOCAB, tiny_t5
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+from transformers import Seq2SeqTrainingArguments
 from transformers.trainer_utils import set_seed
 
 import pemt_fast
@@ -23,19 +24,9 @@ import pemt_fast
 TOTAL_BATCH, STEPS = 4, 4
 
 
-def make_t5() -> T5ForConditionalGeneration:
-    """A T5 without dropout: the same numbers whoever computes them."""
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=2, dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config)
-
-
 def make_model(method: str) -> Any:
     """Adapters whose output is not zero."""
-    t5 = make_t5()
+    t5 = tiny_t5()
     torch.manual_seed(1)
     config: Any = {
         # No dropout: what is drawn depends on the number of processes.
@@ -71,8 +62,8 @@ def make_batch(method: str, rows: int = TOTAL_BATCH) -> dict[str, Tensor]:
     """Rows of equal length, so that the mean over a batch is that of the means of its parts."""
     torch.manual_seed(2)
     return {
-        "input_ids": torch.randint(2, 64, (rows, 10)),
-        "labels": torch.randint(2, 64, (rows, 6)),
+        "input_ids": torch.randint(2, VOCAB, (rows, 10)),
+        "labels": torch.randint(2, VOCAB, (rows, 6)),
         "task_ids": torch.arange(rows) % (1 if method.startswith("pemt") else 2),
     }
 

@@ -5,32 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import linear_models
+import t5_factory
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import pemt_fast
 from pemt_fast.data import synthetic_tokenizer
 
 
 def tiny_t5(*args: Any, **kwargs: Any) -> Any:
-    torch.manual_seed(0)
-    tokenizer = synthetic_tokenizer()
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config)
+    """What a hub name stands for; its tokens are those of `synthetic_tokenizer`."""
+    return t5_factory.tiny_t5(vocabulary=len(synthetic_tokenizer())).train()
 
 
 def tiny_llama(*args: Any, **kwargs: Any) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    """The same, decoder-only."""
+    return linear_models.tiny_model("llama").train()
 
 
 def write_runs() -> None:

@@ -13,14 +13,17 @@ import pemt_fast
 D_MODEL, D_FF, VOCAB = 32, 64, 80
 
 
-def tiny_t5(*, gated: bool = False, mt5: bool = False, dropout: float = 0.0, seed: int = 0):
+def tiny_t5(
+    *, gated: bool = False, mt5: bool = False, dropout: float = 0.0, seed: int = 0,
+    vocabulary: int = VOCAB,
+):  # fmt: skip
     """A two-layer T5 with random weights in evaluation mode."""
     torch.manual_seed(seed)
     config_class, model_class = (
         (MT5Config, MT5ForConditionalGeneration) if mt5 else (T5Config, T5ForConditionalGeneration)
     )
     config = config_class(
-        vocab_size=VOCAB,
+        vocab_size=vocabulary,
         d_model=D_MODEL,
         d_kv=8,
         d_ff=D_FF,
