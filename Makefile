@@ -27,7 +27,7 @@ SMALL_CASES := every_form_of_the_grid or finite or unequal_ranks or one_launch o
 KERNEL_TESTS := $(wildcard $(foreach name,extension cpu_kernels adapter_mixture edge_cases sparsity_rows skill_mixture skill_linear linear_mixture,tests/test_$(name).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-adapterhub test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-t5 bench-poly bench-decode bench-fuse bench-adapterhub sanitize-gpu clean
+.PHONY: help venv build demo test test-adapterhub test-sanitizers check format bench report triton-resources test-gpu bench-gpu bench-check bench-t5 bench-poly bench-decode bench-fuse bench-adapterhub sanitize-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -132,6 +132,10 @@ test-gpu: $(BUILT)  ## run only the tests that need a GPU
 bench-gpu: $(BUILT)  ## time the GPU kernels over their grid, in at most 9 minutes
 	@echo "==> grid of the GPU kernels"
 	@$(BIN)/python benchmarks/bench_adapter_mixture.py --suite grid --device cuda $(ARGS)
+
+bench-check: $(BUILT)  ## compare a few cells of the operator with the committed ratios, in a minute
+	@echo "==> regression gate"
+	@$(BIN)/python benchmarks/bench_check.py $(ARGS)
 
 bench-t5: $(BUILT)  ## time PEMT's second stage on T5, and its feed-forward tail alone
 	@echo "==> T5 benchmark"
