@@ -1,35 +1,18 @@
 """`benchmarks/bench_fuse.py`: both forms are compared before they are timed, and its page."""
 
-import argparse
-import dataclasses
 import json
-import sys
 
 import pytest
 import torch
-from cuda_sources import ROOT
+from fuse_cases import FOLDER, OPTIONS, STAMP, benchmark, small, use_tiny_model
 
 pytest.importorskip("peft", reason="peft is a development dependency")
-FOLDER = ROOT / "benchmarks"
-sys.path.insert(0, str(FOLDER))
-import bench_fuse  # noqa: E402
-import fuse_measure  # noqa: E402
-from t5_cases import Shape  # noqa: E402
-
-sys.path.remove(str(FOLDER))
-
-OPTIONS = argparse.Namespace(device="cpu", layers=1, rounds=2)
-STAMP = {"gpu": None, "cpu": "C", "threads": 1, "torch": "", "commit": "abc", "date": ""}
+bench_fuse, fuse_measure = benchmark("bench_fuse"), benchmark("fuse_measure")
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    tiny = Shape("tiny", H=32, D=48, heads=4, d_kv=8, layers=1, vocabulary=40)
-    monkeypatch.setattr(bench_fuse, "SHAPES", (tiny, tiny))
-
-
-def small(case):
-    return dataclasses.replace(case, B=4, source=6, target=3)
+    use_tiny_model(bench_fuse, monkeypatch)
 
 
 @pytest.mark.parametrize("case", bench_fuse.CASES, ids=lambda case: case.name)
