@@ -25,8 +25,7 @@ import torch
 from pemt_fast.attach import get_model
 from pemt_fast.methods.pemt_config import PemtConfig
 from pemt_fast.methods.task_config import TaskConfig
-from pemt_fast.t5 import max_positions
-from pemt_fast.training.fit import encode, environment, finish
+from pemt_fast.training.fit import environment, finish
 from pemt_fast.training.protocol_methods import get_method, method_config
 from pemt_fast.training.protocol_plan import (
     SCORE,
@@ -43,7 +42,7 @@ from pemt_fast.training.protocol_plan import (
     write_plan,
 )
 from pemt_fast.training.protocol_report import write_report
-from pemt_fast.training.run import TrainRequest, load_backbone, load_task
+from pemt_fast.training.run import TrainRequest, check_task, load_backbone, load_task
 from pemt_fast.training.run_queue import Run, RunQueue, State, work
 from pemt_fast.training.stages import Backbone, TaskData, score_untouched, train_method
 
@@ -107,14 +106,7 @@ def _check_method(backbone: Backbone, name: str, config: Any) -> None:
 def _check_task(request: ProtocolRequest, run: Run, backbone: Backbone) -> int:
     """Number of training examples."""
     task = _load(request, run)
-    encode(task.splits, backbone.tokenizer, options_of(run, progress=False))
-    length = len(backbone.tokenizer(task.description)["input_ids"])
-    limit = max_positions(backbone.make())
-    if length > limit:
-        raise ValueError(
-            f"the description has {length} tokens: a prompt may have at most {limit}, the "
-            "positions of this model"
-        )
+    check_task(task, options_of(run, progress=False), backbone.tokenizer, backbone.make())
     return len(task.splits.train)
 
 

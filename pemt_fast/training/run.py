@@ -130,6 +130,19 @@ def _options(request: TrainRequest, task: TaskData, stage: int) -> TrainOptions:
     return request.target_options.for_task(task.metrics, stage=2, few_shot=request.few_shot)
 
 
+def check_task(
+    task: TaskData, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, model: T5Model
+) -> None:
+    """Raise a `ValueError` if a task's texts, labels or description do not fit."""
+    encode(task.splits, tokenizer, options)
+    length, limit = len(tokenizer(task.description)["input_ids"]), max_positions(model)
+    if length > limit:
+        raise ValueError(
+            f"the description of {task.name!r} has {length} tokens: a prompt may have at most "
+            f"{limit}, the positions of this model"
+        )
+
+
 def _check(
     request: TrainRequest,
     sources: dict[str, TaskData],
@@ -138,16 +151,9 @@ def _check(
     model: T5Model,
 ) -> None:
     """Everything about the tasks that can be wrong, before the first step of the first run."""
-    limit = max_positions(model)
     for stage, tasks in ((1, sources), (2, targets)):
-        for name, task in tasks.items():
-            encode(task.splits, tokenizer, _options(request, task, stage))
-            length = len(tokenizer(task.description)["input_ids"])
-            if length > limit:
-                raise ValueError(
-                    f"the description of {name!r} has {length} tokens: a prompt may have at most "
-                    f"{limit}, the positions of this model"
-                )
+        for task in tasks.values():
+            check_task(task, _options(request, task, stage), tokenizer, model)
     # Builds the config once, so that a bad choice is found now.
     PemtConfig(
         sources=list(sources), source_kind=request.source_kind, source_rank=request.source_rank,
