@@ -203,18 +203,22 @@ def assign(model: AttachedModel, tensors: dict[str, Tensor], source: object) -> 
 def check_fits(model: AttachedModel, tensors: Mapping[str, Tensor], source: object) -> None:
     """Raise a `ValueError` unless `tensors` are what `model` has attached, by names and shapes."""
     own = adapter_state_dict(model)
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or extra:
-        raise ValueError(
-            f"{source}: does not fit this model; missing {missing[:3]}{_more(missing)}, "
-            f"unexpected {extra[:3]}{_more(extra)}"
-        )
+    require_names(own, tensors, f"{source}: does not fit this model")
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
             raise ValueError(
                 f"{source}: {name} must have shape {list(own[name].shape)} for this model, "
                 f"got {list(tensor.shape)}"
             )
+
+
+def require_names(wanted: Mapping[str, Any], found: Mapping[str, Any], what: str) -> None:
+    """Raise a `ValueError` that begins with `what` unless both have the same names."""
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{what}; missing {missing[:3]}{_more(missing)}, unexpected {extra[:3]}{_more(extra)}"
+        )
 
 
 def _more(names: list[str]) -> str:

@@ -90,6 +90,18 @@ def read_pickle(path: Path) -> Any:
     return found
 
 
+def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
+    """`read_pickle` of a file that must hold a dict of tensors.
+
+    Raises:
+        ValueError: it holds something else, or as there.
+    """
+    values = read_pickle(path)
+    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(values).__name__}")
+    return {name: tensor.detach() for name, tensor in values.items()}
+
+
 def _excess(path: Path) -> str | None:
     """Why reading would take more memory than the file has bytes, None if it would not."""
     size = path.stat().st_size

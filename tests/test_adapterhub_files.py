@@ -209,10 +209,10 @@ def change_tensors(folder, change):
 
 KEY = "decoder.block.1.layer.2.adapters.seq_bn.adapter_up.weight"
 TENSORS = {
-    "missing": (lambda t: t.pop(KEY), rf"missing \['{KEY}'\] \(1 in all\), unexpected \[\]"),
+    "missing": (lambda t: t.pop(KEY), rf"missing \['{KEY}'\], unexpected \[\]"),
     "left_over": (
         lambda t: t.update({"invertible_adapters.seq_bn.F.0.bias": torch.zeros(2)}),
-        r"missing \[\] .* unexpected \['invertible_adapters.seq_bn.F.0.bias'\]",
+        r"missing \[\], unexpected \['invertible_adapters.seq_bn.F.0.bias'\]",
     ),
     "wide": (
         lambda t: t.update({KEY: torch.zeros(8, 5)}),

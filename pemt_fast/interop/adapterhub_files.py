@@ -26,7 +26,7 @@ from pemt_fast.attach import check_free, get_model
 from pemt_fast.interop.adapterhub_config import config_from_options, options_from_config
 from pemt_fast.linear_model import LinearAdapterModel
 from pemt_fast.methods.bottleneck import BottleneckConfig
-from pemt_fast.safe_files import read_json, read_pickle, read_tensors
+from pemt_fast.safe_files import read_json, read_pickled_tensors, read_tensors
 from pemt_fast.t5 import T5Model, check_t5
 
 logger = logging.getLogger("pemt_fast")
@@ -70,7 +70,7 @@ def load_adapterhub(model: Any, directory: str | os.PathLike[str]) -> LinearAdap
         tensors = read_tensors(path)[0]
     else:
         path = folder / PICKLE_FILE
-        tensors = _read_pickled(path)
+        tensors = read_pickled_tensors(path)
     own = _own_names(config, model, name, tensors, path)
     if heads := [file for file in _HEAD_FILES if (folder / file).is_file()]:
         logger.warning("%s: %s is not read, the model keeps its own head", folder, heads[0])
@@ -156,13 +156,6 @@ def _read_config(path: Path, model: T5Model) -> tuple[BottleneckConfig, str]:
     return config, name
 
 
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    values = read_pickle(path)
-    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
-        raise ValueError(f"{path}: expected a dict of tensors, got {type(values).__name__}")
-    return dict(values)
-
-
 def _own_names(
     config: BottleneckConfig,
     model: T5Model,
@@ -181,12 +174,7 @@ def _own_names(
         for part, shape in shapes.items()
     }
     theirs = _renamed({key: key for key in own}, name)
-    missing, extra = sorted(theirs.keys() - tensors.keys()), sorted(tensors.keys() - theirs.keys())
-    if missing or extra:
-        raise ValueError(
-            f"{path}: does not fit {CONFIG_FILE} and this model; missing {missing[:3]} "
-            f"({len(missing)} in all), unexpected {extra[:3]} ({len(extra)} in all)"
-        )
+    checkpoint.require_names(theirs, tensors, f"{path}: does not fit {CONFIG_FILE} and this model")
     for key, ours in theirs.items():
         if tuple(tensors[key].shape) != own[ours] or not tensors[key].is_floating_point():
             raise ValueError(

@@ -22,7 +22,7 @@ from pemt_fast.methods.pemt import attach
 from pemt_fast.methods.pemt_config import PemtConfig
 from pemt_fast.methods.pemt_plan import Source
 from pemt_fast.model import AdapterModel
-from pemt_fast.safe_files import read_pickle, read_tensors
+from pemt_fast.safe_files import read_pickled_tensors, read_tensors
 from pemt_fast.t5 import FeedForwardSite, T5Model, check_t5, feed_forward_sites
 
 logger = logging.getLogger("pemt_fast")
@@ -36,10 +36,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     """Tensors of a `torch.save` or safetensors file."""
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
-    values = read_pickle(path)
-    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
-        raise ValueError(f"{path}: expected a dict of tensors, got {type(values).__name__}")
-    return {name: tensor.detach() for name, tensor in values.items()}
+    return read_pickled_tensors(path)
 
 
 def _take(tensors: dict[str, Tensor], name: str, path: Path) -> Tensor:
